@@ -1,0 +1,262 @@
+"""Lazy reading of a published checkpoint: safetensors headers first, values only when asked for.
+
+Nothing in a checkpoint is executed, and no file is mapped: tensors are read with plain reads, so that
+memory holds one tensor at a time whatever the size of the shard. Format:
+https://github.com/huggingface/safetensors (8 bytes header length, JSON header, values).
+"""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from ..config import ModelConfig, read_json
+from ..errors import OneVisionError
+
+DTYPES = {
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+    "F32": np.dtype(np.float32),
+}
+_MAX_HEADER_BYTES = 100_000_000  # the format's own limit
+
+# Published layouts, as (prefix in the file, prefix here). The longer ones come first.
+_LAYOUTS = (("model.visual.", "visual."), ("model.language_model.", "model."))
+
+
+@dataclass(frozen=True, slots=True)
+class StoredTensor:
+    """Where one tensor lies: `size` bytes from `offset` of `path`."""
+
+    path: Path
+    dtype: str  # safetensors' spelling: BF16, F16, F32
+    shape: tuple[int, ...]
+    offset: int
+    size: int
+
+
+class Checkpoint:
+    """A checkpoint directory: its configuration and its tensors by their canonical names.
+
+    Canonical names are those of the released files: `visual.*`, `model.*`, `lm_head.weight`.
+    """
+
+    def __init__(self, directory: Path, config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> None:
+        self.directory = directory
+        self.config = config
+        self.tensors = tensors
+
+    @classmethod
+    def open(cls, source: str | os.PathLike[str]) -> "Checkpoint":
+        """Open a local directory, a hub id (with huggingface_hub installed), or "demo", the shipped one.
+
+        Raises OneVisionError for a missing or unsupported checkpoint and for broken safetensors.
+        """
+        directory = locate(source)
+        config = ModelConfig.from_checkpoint(directory)
+        return cls(directory, config, _stored_tensors(directory))
+
+    @property
+    def tied(self) -> bool:
+        """Whether the head shares the embedding table: decided by the head's absence alone."""
+        return "lm_head.weight" not in self.tensors
+
+    @property
+    def head_name(self) -> str:
+        """Name of the tensor that projects to the vocabulary."""
+        return "model.embed_tokens.weight" if self.tied else "lm_head.weight"
+
+    def check(self, name: str, shape: tuple[int, ...]) -> StoredTensor:
+        """The stored tensor `name`, which must exist with this shape in a floating-point dtype."""
+        stored = self.tensors.get(name)
+        if stored is None:
+            raise OneVisionError(f"{self.directory}: tensor {name} is missing from the checkpoint")
+        if stored.shape != shape:
+            raise OneVisionError(
+                f"{stored.path}: tensor {name} has shape {list(stored.shape)}; config.json asks for {list(shape)}"
+            )
+        if stored.dtype not in DTYPES:
+            raise OneVisionError(
+                f"{stored.path}: tensor {name} has dtype {stored.dtype}; supported: {', '.join(DTYPES)}"
+            )
+        return stored
+
+    def read(self, name: str) -> np.ndarray:
+        """The whole tensor, in its stored dtype (BF16 as ml_dtypes.bfloat16)."""
+        stored = self.tensors[name]
+        values = np.empty(stored.shape, DTYPES[stored.dtype])
+        flat = values.reshape(-1).view(np.uint8)
+        with open(stored.path, "rb", buffering=0) as file:
+            file.seek(stored.offset)
+            _read_exactly(file, flat, stored.path, name)
+        return values
+
+    def read_rows(self, name: str, rows: int) -> Iterator[np.ndarray]:
+        """The tensor in blocks of `rows` along its first axis. The buffer is reused: use each before the next."""
+        stored = self.tensors[name]
+        count, *rest = stored.shape
+        block = np.empty((min(rows, count), *rest), DTYPES[stored.dtype])
+        with open(stored.path, "rb", buffering=0) as file:
+            file.seek(stored.offset)
+            for start in range(0, count, rows):
+                part = block[: min(rows, count - start)]
+                _read_exactly(file, part.reshape(-1).view(np.uint8), stored.path, name)
+                yield part
+
+
+def locate(source: str | os.PathLike[str]) -> Path:
+    """The local directory of a checkpoint named by path, hub id, or "demo"."""
+    path = Path(source)
+    if path.is_dir():
+        return path
+    if str(source) == "demo":
+        return Path(__file__).resolve().parent.parent / "demo" / "checkpoint"
+    if path.is_file():
+        raise OneVisionError(f"{path} is a file: give the checkpoint's directory, the one that holds config.json")
+    if _looks_like_hub_id(str(source)):
+        return _download(str(source))
+    raise OneVisionError(f"{path} does not exist: give a checkpoint directory, a hub id (owner/name), or demo")
+
+
+def _looks_like_hub_id(source: str) -> bool:
+    owner, _, name = source.partition("/")
+    return bool(owner and name) and "/" not in name and not source.startswith((".", "~"))
+
+
+def _download(hub_id: str) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError:
+        raise OneVisionError(
+            f"{hub_id} is not a local directory; to fetch it from the hub: pip install 'onevision-edge[hub]'"
+        ) from None
+    try:
+        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
+    except Exception as error:
+        first = str(error).strip().split("\n")[0]
+        raise OneVisionError(f"{hub_id} is not a local directory and could not be fetched from the hub: {first}") from error
+
+
+def _stored_tensors(directory: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the checkpoint by canonical name."""
+    found: dict[str, StoredTensor] = {}
+    for path, names in _shards(directory).items():
+        header = read_safetensors_header(path)
+        for name in names if names is not None else header:
+            if name not in header:
+                raise OneVisionError(f"{path}: tensor {name} is missing, but the index places it there")
+            canonical = canonical_name(name)
+            if canonical in found:
+                raise OneVisionError(f"{path}: tensor {name} is stored twice (also in {found[canonical].path.name})")
+            found[canonical] = header[name]
+    return found
+
+
+def _shards(directory: Path) -> dict[Path, list[str] | None]:
+    """Each shard with the names the index gives it; None where there is no index."""
+    index_path, single = directory / "model.safetensors.index.json", directory / "model.safetensors"
+    if index_path.exists():
+        return _indexed_shards(directory, index_path)
+    if single.exists():
+        return {single: None}
+    if any(directory.glob("*.bin")) or any(directory.glob("*.pth")):
+        raise OneVisionError(
+            f"{directory}: only pickled weights are here, which can execute code; convert them to safetensors first"
+        )
+    raise OneVisionError(f"{directory}: neither model.safetensors nor model.safetensors.index.json is here")
+
+
+def _indexed_shards(directory: Path, index_path: Path) -> dict[Path, list[str] | None]:
+    weight_map = read_json(index_path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise OneVisionError(f"{index_path}: weight_map is missing or empty")
+    shards: dict[Path, list[str] | None] = {}
+    for name, file in weight_map.items():
+        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+            raise OneVisionError(f"{index_path}: weight_map places {name} in {file!r}, not a safetensors file beside it")
+        names = shards.setdefault(directory / file, [])
+        assert names is not None
+        names.append(name)
+    return shards
+
+
+def canonical_name(name: str) -> str:
+    """A tensor's name in the released layout."""
+    for prefix, canonical in _LAYOUTS:
+        if name.startswith(prefix):
+            return canonical + name[len(prefix) :]
+    return name
+
+
+def read_safetensors_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors of one safetensors file, every claim of its header checked against the file."""
+    try:
+        with open(path, "rb") as file:
+            file_size = os.fstat(file.fileno()).st_size
+            raw, start = _header_json(file, file_size, path)
+    except FileNotFoundError:
+        raise OneVisionError(f"{path} does not exist, but the checkpoint's index names it") from None
+    except OSError as error:
+        raise OneVisionError(f"{path} cannot be read: {error.strerror}") from error
+    raw.pop("__metadata__", None)
+    tensors = {name: _stored(path, name, entry, start, file_size) for name, entry in raw.items()}
+    _check_coverage(path, tensors, start, file_size)
+    return tensors
+
+
+def _header_json(file: Any, file_size: int, path: Path) -> tuple[dict[str, Any], int]:
+    length = int.from_bytes(file.read(8), "little")
+    if file_size < 8 or length > min(_MAX_HEADER_BYTES, file_size - 8):
+        raise OneVisionError(f"{path}: truncated or not safetensors (header of {length} bytes in a file of {file_size})")
+    try:
+        raw = json.loads(file.read(length))
+    except (ValueError, RecursionError) as error:
+        raise OneVisionError(f"{path}: the safetensors header is not valid JSON: {error}") from error
+    if not isinstance(raw, dict):
+        raise OneVisionError(f"{path}: the safetensors header is not an object")
+    return raw, 8 + length
+
+
+def _stored(path: Path, name: str, entry: Any, start: int, file_size: int) -> StoredTensor:
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
+        whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (*shape, begin, end))
+    except (KeyError, TypeError, ValueError):
+        whole = False
+    if not whole or not isinstance(dtype, str):
+        raise OneVisionError(f"{path}: tensor {name} has a malformed header entry")
+    if start + end > file_size:
+        raise OneVisionError(
+            f"{path}: truncated: tensor {name} ends at byte {start + end}, the file at {file_size}; fetch it again"
+        )
+    if dtype in DTYPES and end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise OneVisionError(
+            f"{path}: tensor {name} claims {list(shape)} {dtype} but holds {end - begin} bytes"
+        )
+    return StoredTensor(path, dtype, shape, start + begin, end - begin)
+
+
+def _check_coverage(path: Path, tensors: Mapping[str, StoredTensor], start: int, file_size: int) -> None:
+    """Values must follow one another without gap or overlap up to the end of the file."""
+    position = start
+    for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].offset, item[1].size)):
+        if tensor.offset != position:
+            raise OneVisionError(f"{path}: tensor {name} overlaps its neighbour or leaves a gap before it")
+        position += tensor.size
+    if position != file_size:
+        raise OneVisionError(f"{path}: {file_size - position} bytes after the last tensor belong to none")
+
+
+def _read_exactly(file: Any, buffer: np.ndarray, path: Path, name: str) -> None:
+    view = memoryview(buffer)
+    while view:
+        count = file.readinto(view)
+        if not count:
+            raise OneVisionError(f"{path}: truncated while reading tensor {name}; fetch the file again")
+        view = view[count:]

@@ -1,0 +1,172 @@
+"""Streaming of weights: from the checkpoint, through the format of the graph, into one data file per graph.
+
+Memory holds the largest tensor once, in the checkpoint's format, plus a few blocks. The digest of what is
+written and of what was read come out of the same pass.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import BinaryIO
+
+import ml_dtypes
+import numpy as np
+import onnx_ir as ir
+
+from ..bundle import BundleWriter, Progress
+from ..errors import OneVisionError
+from ..precision import BF16, FLOAT_FORMATS, FP16, FP32, FloatFormat
+from .checkpoint import Checkpoint
+from .layers import Weight
+
+BLOCK_BYTES = 1 << 24  # of the checkpoint, converted and written at a time
+_TILE_ROWS = 2048  # source rows transposed together, so that a tile stays in the cache
+
+
+class Stream:
+    """A file being written and hashed while the next block is converted."""
+
+    def __init__(self, file: BinaryIO, pool: ThreadPoolExecutor) -> None:
+        self.file, self.pool = file, pool
+        self.digest = hashlib.sha256()
+        self.position = 0
+        self._pending: Future[None] | None = None
+
+    def write(self, block: np.ndarray | bytes) -> None:
+        """Append a contiguous block; it must not change until the next call returns."""
+        view = memoryview(block).cast("B") if not isinstance(block, bytes) else memoryview(block)
+        self.flush()
+        self.position += len(view)
+        self._pending = self.pool.submit(self._append, view)
+
+    def align(self, boundary: int) -> None:
+        """Pad with zeros so that the next block starts at a multiple of `boundary`."""
+        self.write(bytes(-self.position % boundary))
+
+    def flush(self) -> None:
+        """Wait until everything is in the file."""
+        if self._pending is not None:
+            self._pending.result()
+
+    def _append(self, view: memoryview) -> None:
+        self.digest.update(view)
+        while view:
+            view = view[self.file.write(view) :]
+
+
+class WeightWriter:
+    """Writes tensors of one checkpoint into the files of a bundle, with progress over all of them."""
+
+    def __init__(self, checkpoint: Checkpoint, writer: BundleWriter, progress: Progress, total: int) -> None:
+        self.checkpoint, self.writer = checkpoint, writer
+        self.progress, self.total, self.done = progress, total, 0
+        self.source_digests: dict[str, str] = {}
+
+    def write_graph(self, model: ir.Model, weights: dict[str, Weight], file: str) -> None:
+        """Write the graph to `file` and its weights to `file`.data."""
+        data = file + ".data"
+        with ThreadPoolExecutor(1) as pool, open(self.writer.path(data), "wb", buffering=0) as out:
+            stream = Stream(out, pool)  # type: ignore[arg-type]
+            for name, weight in weights.items():
+                self._write_weight(stream, name, weight, data)
+            stream.flush()
+        self.writer.seal(data, stream.digest.hexdigest())
+        ir.save(model, self.writer.path(file))
+        self.writer.seal(file)
+
+    def write_table(self, name: str, fmt: FloatFormat, file: str) -> None:
+        """Write a tensor as it is stored, rows in order, in format `fmt`."""
+        shape = self.checkpoint.tensors[name].shape
+        with ThreadPoolExecutor(1) as pool, open(self.writer.path(file), "wb", buffering=0) as out:
+            stream = Stream(out, pool)  # type: ignore[arg-type]
+            self._pump(stream, self._straight(name, shape, fmt), name)
+            stream.flush()
+        self.writer.seal(file, stream.digest.hexdigest())
+
+    def _write_weight(self, stream: Stream, name: str, weight: Weight, data: str) -> None:
+        assert weight.dtype is not None
+        fmt = next(f for f in FLOAT_FORMATS.values() if f.onnx_type == weight.dtype)
+        shape = weight.stored_shape
+        source = self.source_name(name)
+        stream.align(4096 if weight.nbytes >= 4096 else 64)
+        start = stream.position
+        self.checkpoint.check(source, weight.source_shape)
+        blocks = self._transposed if weight.transposed else self._straight
+        self._pump(stream, blocks(source, shape, fmt), source)
+        weight.const_value = ir.ExternalTensor(
+            data, start, stream.position - start, weight.dtype, shape=ir.Shape(shape), name=name
+        )
+
+    def source_name(self, name: str) -> str:
+        """The tensor that fills parameter `name`: the embedding table for a tied head."""
+        return self.checkpoint.head_name if name == "lm_head.weight" else name
+
+    def _pump(self, stream: Stream, blocks: Iterator[np.ndarray], label: str) -> None:
+        for block in blocks:
+            stream.write(block)
+            self.done += block.nbytes
+            self.progress(self.done, self.total, label)
+
+    def _straight(self, name: str, shape: tuple[int, ...], fmt: FloatFormat) -> Iterator[np.ndarray]:
+        stored = self.checkpoint.tensors[name]
+        rows = max(1, BLOCK_BYTES * stored.shape[0] // max(stored.size, 1))
+        digest = hashlib.sha256()
+        for block in self.checkpoint.read_rows(name, rows):
+            digest.update(block.view(np.uint8))
+            # The reader reuses its buffer; what the stream still holds must not change under it.
+            yield convert(block, fmt, name).copy() if fmt is BF16 else convert(block, fmt, name)
+        self.source_digests[name] = digest.hexdigest()
+
+    def _transposed(self, name: str, shape: tuple[int, ...], fmt: FloatFormat) -> Iterator[np.ndarray]:
+        """[out, in...] as [in, out]: the tensor is read whole, its transpose made in slabs of rows."""
+        values = self.checkpoint.read(name)
+        self.source_digests[name] = hashlib.sha256(values.reshape(-1).view(np.uint8)).hexdigest()
+        values = values.reshape(shape[1], shape[0])
+        slab = max(1, BLOCK_BYTES // (values.shape[0] * values.itemsize))
+        for start in range(0, shape[0], slab):
+            stop = min(start + slab, shape[0])
+            part = np.empty((stop - start, shape[1]), values.dtype)
+            for row in range(0, shape[1], _TILE_ROWS):
+                part[:, row : row + _TILE_ROWS] = values[row : row + _TILE_ROWS, start:stop].T
+            yield convert(part, fmt, name)
+
+
+def convert(values: np.ndarray, fmt: FloatFormat, name: str) -> np.ndarray:
+    """`values` (BF16, FP16 or FP32) in format `fmt`, BF16 as its bits in uint16.
+
+    Raises OneVisionError for NaN or infinity, and for values that `fmt` cannot hold.
+    """
+    result = _cast(values, fmt)
+    if not _all_finite(result, fmt):
+        if np.isfinite(values.astype(np.float32)).all():
+            largest = float(np.abs(values.astype(np.float32)).max())
+            raise OneVisionError(
+                f"tensor {name} reaches {largest:.4g}, beyond {fmt.name}'s {fmt.largest:.5g}: export with --dtype bf16 or fp32"
+            )
+        raise OneVisionError(f"tensor {name} holds NaN or infinity: the checkpoint is damaged")
+    return result
+
+
+def _cast(values: np.ndarray, fmt: FloatFormat) -> np.ndarray:
+    if fmt is BF16:
+        return values.astype(ml_dtypes.bfloat16, copy=False).view(np.uint16)
+    if values.dtype == ml_dtypes.bfloat16:  # ml_dtypes' own cast is slower than shifting the bits into place
+        values = (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+    with np.errstate(over="ignore"):
+        return values.astype(fmt.numpy, copy=False)
+
+
+_EXPONENTS = {FP32.name: (np.uint32, 0x7F800000), FP16.name: (np.uint16, 0x7C00), BF16.name: (np.uint16, 0x7F80)}
+
+
+def _all_finite(values: np.ndarray, fmt: FloatFormat) -> bool:
+    bits, exponent = _EXPONENTS[fmt.name]
+    return not bool(((values.view(bits) & bits(exponent)) == exponent).any())
+
+
+def source_digest(digests: dict[str, str]) -> str:
+    """One digest of the tensors read, whatever files they were sharded into."""
+    lines = "".join(f"{name} {digest}\n" for name, digest in sorted(digests.items()))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
