@@ -1,9 +1,9 @@
 """The deployable directory: what is in it, how it is written whole or not at all, how it is verified.
 
-    manifest.json     what follows, described: model, contracts, limits, provenance, sha256 of every file
-    vision.onnx, decoder.onnx, *.onnx.data
-    embed_tokens.bin  the token embedding table, rows of `dtype`, read by the host through a memory map
-    tokenizer and processor files as published
+manifest.json     what follows, described: model, contracts, limits, provenance, sha256 of every file
+vision.onnx, decoder.onnx, *.onnx.data
+embed_tokens.bin  the token embedding table, rows of `dtype`, read by the host through a memory map
+tokenizer and processor files as published
 """
 
 import errno
@@ -143,9 +143,13 @@ class Bundle:
         directory = Path(path)
         if not directory.is_dir():
             what = "is a file" if directory.exists() else "does not exist"
-            raise OneVisionError(f"{directory} {what}: give a bundle directory, as `onevision-edge export` writes it")
+            raise OneVisionError(
+                f"{directory} {what}: give a bundle directory, as `onevision-edge export` writes it"
+            )
         if not (directory / MANIFEST).is_file():
-            raise OneVisionError(f"{directory} holds no {MANIFEST}, so it is not a bundle; export the checkpoint first")
+            raise OneVisionError(
+                f"{directory} holds no {MANIFEST}, so it is not a bundle; export the checkpoint first"
+            )
         bundle = cls(directory, Manifest.from_dict(read_json(directory / MANIFEST)))
         bundle._check_files()
         return bundle
@@ -187,14 +191,18 @@ class Bundle:
         for name in named:
             self.path(name)
             if name not in self.manifest.files:
-                raise OneVisionError(f"{self.directory / MANIFEST}: {name} is used but not listed under files")
+                raise OneVisionError(
+                    f"{self.directory / MANIFEST}: {name} is used but not listed under files"
+                )
         for name, spec in self.manifest.files.items():
             path = self.path(name)
             size = path.stat().st_size if path.is_file() else None
             if size is None:
                 raise OneVisionError(f"{path} is missing from the bundle; export or copy it again")
             if size != spec.size:
-                raise OneVisionError(f"{path} has {size} bytes, the manifest says {spec.size}; export or copy it again")
+                raise OneVisionError(
+                    f"{path} has {size} bytes, the manifest says {spec.size}; export or copy it again"
+                )
 
 
 def _blocks(path: Path, size: int = 1 << 22) -> Iterator[bytes]:
@@ -240,7 +248,9 @@ class BundleWriter:
 
 
 @contextmanager
-def writing(destination: str | os.PathLike[str], overwrite: bool = False, expected_bytes: int = 0) -> Iterator[BundleWriter]:
+def writing(
+    destination: str | os.PathLike[str], overwrite: bool = False, expected_bytes: int = 0
+) -> Iterator[BundleWriter]:
     """Write a bundle to `destination`: all of it, or nothing.
 
     expected_bytes: refuse at once where the disk has less free. Raises OneVisionError when the destination
@@ -294,7 +304,9 @@ def _claim(staging: Path) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(lock)
-            raise OneVisionError(f"{staging}: another process is writing this bundle; wait for it to end") from None
+            raise OneVisionError(
+                f"{staging}: another process is writing this bundle; wait for it to end"
+            ) from None
         with suppress(FileNotFoundError):
             if os.stat(staging).st_ino == os.fstat(lock).st_ino:
                 break

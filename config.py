@@ -127,7 +127,9 @@ class ModelConfig:
             values["eos_token_ids"] = tuple(raw["eos_token_ids"])
             return cls(**{f.name: values[f.name] for f in fields(cls)})
         except (KeyError, TypeError) as error:
-            raise OneVisionError(f"manifest.json: the model section is not what this version writes: {error}") from error
+            raise OneVisionError(
+                f"manifest.json: the model section is not what this version writes: {error}"
+            ) from error
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data for the manifest."""
@@ -141,7 +143,9 @@ class ModelConfig:
                     f"config.json: {field} is {value}, outside the vocabulary of {self.text.vocab_size}"
                 )
         if self.image_token_id == self.video_token_id:
-            raise OneVisionError(f"config.json: image_token_id and video_token_id are both {self.image_token_id}")
+            raise OneVisionError(
+                f"config.json: image_token_id and video_token_id are both {self.image_token_id}"
+            )
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -237,7 +241,9 @@ def _vision_config(s: _Section, text_hidden_size: int) -> VisionConfig:
     hidden = s.integer("hidden_size")
     embed = s.integer("embed_dim", hidden)
     if embed != hidden:
-        raise OneVisionError(f"{s.name('embed_dim')} is {embed} but hidden_size is {hidden}: they must be equal")
+        raise OneVisionError(
+            f"{s.name('embed_dim')} is {embed} but hidden_size is {hidden}: they must be equal"
+        )
     config = VisionConfig(
         depth=s.integer("depth"),
         hidden_size=hidden,
@@ -263,7 +269,11 @@ def _vision_config(s: _Section, text_hidden_size: int) -> VisionConfig:
 
 def _text_config(s: _Section) -> TextConfig:
     s.choice("hidden_act", "silu", ("silu",))
-    s.refuse("layer_types", "only full attention is supported", ["full_attention"] * len(s.raw.get("layer_types") or []))
+    s.refuse(
+        "layer_types",
+        "only full attention is supported",
+        ["full_attention"] * len(s.raw.get("layer_types") or []),
+    )
     if s.raw.get("use_sliding_window"):
         s.refuse("sliding_window", "sliding-window attention is not supported")
     config = TextConfig(
@@ -285,7 +295,9 @@ def _text_config(s: _Section) -> TextConfig:
             f"num_attention_heads {config.num_attention_heads}"
         )
     if config.head_dim % 2:
-        raise OneVisionError(f"{s.name('head_dim')} is {config.head_dim}: rotary embedding needs an even width")
+        raise OneVisionError(
+            f"{s.name('head_dim')} is {config.head_dim}: rotary embedding needs an even width"
+        )
     return config
 
 
@@ -296,7 +308,9 @@ def _rope_theta(s: _Section) -> float:
         if isinstance(scaling, Mapping):
             kind = scaling.get("rope_type", scaling.get("type", "default"))
             if kind != "default":
-                raise OneVisionError(f"{s.name(key)} has rope_type {kind!r}: only unscaled rotary embedding is supported")
+                raise OneVisionError(
+                    f"{s.name(key)} has rope_type {kind!r}: only unscaled rotary embedding is supported"
+                )
         elif scaling is not None:
             raise OneVisionError(f"{s.name(key)} is {scaling!r}, not an object")
     parameters = s.raw.get("rope_parameters")
@@ -308,7 +322,11 @@ def _rope_theta(s: _Section) -> float:
 def _eos_token_ids(raw: Mapping[str, Any], generation: Mapping[str, Any]) -> tuple[int, ...]:
     """Every id that any of the published files names as an end of the answer, in that order."""
     text = raw.get("text_config")
-    sources = [("generation_config.json", generation), ("config.json", raw), ("config.json: text_config", text)]
+    sources = [
+        ("generation_config.json", generation),
+        ("config.json", raw),
+        ("config.json: text_config", text),
+    ]
     ids: list[int] = []
     for path, section in sources:
         value = section.get("eos_token_id") if isinstance(section, Mapping) else None

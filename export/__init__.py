@@ -1,6 +1,8 @@
 """Checkpoint in, bundle out: two ONNX graphs written layer by layer, weights streamed one tensor at a time."""
 
 import os
+import sys
+import types
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -8,7 +10,17 @@ from typing import Any
 
 import onnx_ir as ir
 
-from ..bundle import Bundle, BundleWriter, GraphSpec, Manifest, Progress, TableSpec, TensorSpec, no_progress, writing
+from ..bundle import (
+    Bundle,
+    BundleWriter,
+    GraphSpec,
+    Manifest,
+    Progress,
+    TableSpec,
+    TensorSpec,
+    no_progress,
+    writing,
+)
 from ..errors import OneVisionError
 from ..precision import FLOAT_FORMATS, FloatFormat, float_format
 from .checkpoint import Checkpoint
@@ -79,7 +91,9 @@ def _check_options(source: Checkpoint, max_length: int, parts: Sequence[str]) ->
         raise OneVisionError(f"parts {', '.join(parts) or '(none)'}: choose from {', '.join(PARTS)}")
     limit = source.config.text.max_position_embeddings
     if not 1 <= max_length <= limit:
-        raise OneVisionError(f"max_length {max_length} is outside 1..{limit} (the model's max_position_embeddings)")
+        raise OneVisionError(
+            f"max_length {max_length} is outside 1..{limit} (the model's max_position_embeddings)"
+        )
 
 
 def _build(source: Checkpoint, part: str, fmt: FloatFormat, max_length: int) -> tuple[ir.Model, Weights]:
@@ -119,10 +133,14 @@ def _graph_spec(model: ir.Model, file: str, fmt: FloatFormat) -> GraphSpec:
 
 def _tensor_spec(value: ir.Value) -> TensorSpec:
     assert value.dtype is not None and value.shape is not None and value.name is not None
-    dtype = next((f.onnx for f in FLOAT_FORMATS.values() if f.onnx_type == value.dtype), value.dtype.name.lower())
+    dtype = next(
+        (f.onnx for f in FLOAT_FORMATS.values() if f.onnx_type == value.dtype), value.dtype.name.lower()
+    )
     shape = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
     kind = value.name.split(".")[0]
-    return TensorSpec(value.name, dtype, shape, MEANINGS.get(kind, "KV cache, one buffer for past and present"))
+    return TensorSpec(
+        value.name, dtype, shape, MEANINGS.get(kind, "KV cache, one buffer for past and present")
+    )
 
 
 def _copy_published(directory: Path, writer: BundleWriter) -> None:
@@ -146,3 +164,13 @@ def _version(package: str) -> str | None:
         return version(package)
     except PackageNotFoundError:
         return None
+
+
+class _CallableModule(types.ModuleType):
+    """`onevision_edge.export` names this package and the function in it: calling it calls the function."""
+
+    def __call__(self, *args: Any, **options: Any) -> Bundle:
+        return export(*args, **options)
+
+
+sys.modules[__name__].__class__ = _CallableModule

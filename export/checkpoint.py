@@ -118,10 +118,14 @@ def locate(source: str | os.PathLike[str]) -> Path:
     if str(source) == "demo":
         return Path(__file__).resolve().parent.parent / "demo" / "checkpoint"
     if path.is_file():
-        raise OneVisionError(f"{path} is a file: give the checkpoint's directory, the one that holds config.json")
+        raise OneVisionError(
+            f"{path} is a file: give the checkpoint's directory, the one that holds config.json"
+        )
     if _looks_like_hub_id(str(source)):
         return _download(str(source))
-    raise OneVisionError(f"{path} does not exist: give a checkpoint directory, a hub id (owner/name), or demo")
+    raise OneVisionError(
+        f"{path} does not exist: give a checkpoint directory, a hub id (owner/name), or demo"
+    )
 
 
 def _looks_like_hub_id(source: str) -> bool:
@@ -140,7 +144,9 @@ def _download(hub_id: str) -> Path:
         return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
     except Exception as error:
         first = str(error).strip().split("\n")[0]
-        raise OneVisionError(f"{hub_id} is not a local directory and could not be fetched from the hub: {first}") from error
+        raise OneVisionError(
+            f"{hub_id} is not a local directory and could not be fetched from the hub: {first}"
+        ) from error
 
 
 def _stored_tensors(directory: Path) -> dict[str, StoredTensor]:
@@ -153,7 +159,9 @@ def _stored_tensors(directory: Path) -> dict[str, StoredTensor]:
                 raise OneVisionError(f"{path}: tensor {name} is missing, but the index places it there")
             canonical = canonical_name(name)
             if canonical in found:
-                raise OneVisionError(f"{path}: tensor {name} is stored twice (also in {found[canonical].path.name})")
+                raise OneVisionError(
+                    f"{path}: tensor {name} is stored twice (also in {found[canonical].path.name})"
+                )
             found[canonical] = header[name]
     return found
 
@@ -179,7 +187,9 @@ def _indexed_shards(directory: Path, index_path: Path) -> dict[Path, list[str] |
     shards: dict[Path, list[str] | None] = {}
     for name, file in weight_map.items():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise OneVisionError(f"{index_path}: weight_map places {name} in {file!r}, not a safetensors file beside it")
+            raise OneVisionError(
+                f"{index_path}: weight_map places {name} in {file!r}, not a safetensors file beside it"
+            )
         names = shards.setdefault(directory / file, [])
         assert names is not None
         names.append(name)
@@ -213,7 +223,9 @@ def read_safetensors_header(path: Path) -> dict[str, StoredTensor]:
 def _header_json(file: Any, file_size: int, path: Path) -> tuple[dict[str, Any], int]:
     length = int.from_bytes(file.read(8), "little")
     if file_size < 8 or length > min(_MAX_HEADER_BYTES, file_size - 8):
-        raise OneVisionError(f"{path}: truncated or not safetensors (header of {length} bytes in a file of {file_size})")
+        raise OneVisionError(
+            f"{path}: truncated or not safetensors (header of {length} bytes in a file of {file_size})"
+        )
     try:
         raw = json.loads(file.read(length))
     except (ValueError, RecursionError) as error:

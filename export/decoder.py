@@ -28,7 +28,9 @@ from .layers import (
 class Step:
     """What every layer of one call shares."""
 
-    def __init__(self, cos: Value, sin: Value, mask: Value, write_indices: Value, valid_length: Value) -> None:
+    def __init__(
+        self, cos: Value, sin: Value, mask: Value, write_indices: Value, valid_length: Value
+    ) -> None:
         self.cos, self.sin, self.mask = cos, sin, mask
         self.write_indices, self.valid_length = write_indices, valid_length
 
@@ -156,5 +158,3 @@ class Decoder(nn.Module):
     def forward(self, op: Op, *inputs: Value, past: list[tuple[Value, Value]]) -> tuple[Value, list]:
         hidden, present = self.model(op, *inputs, past)
         return from_format(op, self.lm_head(op, hidden), self.fmt), present
-
-

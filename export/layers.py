@@ -26,7 +26,11 @@ class Weight(nn.Parameter):
     """
 
     def __init__(
-        self, shape: Sequence[int], dtype: ir.DataType, source_shape: Sequence[int] = (), transposed: bool = False
+        self,
+        shape: Sequence[int],
+        dtype: ir.DataType,
+        source_shape: Sequence[int] = (),
+        transposed: bool = False,
     ) -> None:
         super().__init__(shape, dtype)
         self.stored_shape = tuple(shape)
@@ -49,7 +53,12 @@ class Linear(nn.Module):
     """y = x W (+ b), W stored [in, out]."""
 
     def __init__(
-        self, inputs: int, outputs: int, fmt: FloatFormat, bias: bool = False, source_shape: Sequence[int] = ()
+        self,
+        inputs: int,
+        outputs: int,
+        fmt: FloatFormat,
+        bias: bool = False,
+        source_shape: Sequence[int] = (),
     ) -> None:
         super().__init__()
         dtype = ir_dtype(fmt)

@@ -156,7 +156,11 @@ def _cast(values: np.ndarray, fmt: FloatFormat) -> np.ndarray:
         return values.astype(fmt.numpy, copy=False)
 
 
-_EXPONENTS = {FP32.name: (np.uint32, 0x7F800000), FP16.name: (np.uint16, 0x7C00), BF16.name: (np.uint16, 0x7F80)}
+_EXPONENTS = {
+    FP32.name: (np.uint32, 0x7F800000),
+    FP16.name: (np.uint16, 0x7C00),
+    BF16.name: (np.uint16, 0x7F80),
+}
 
 
 def _all_finite(values: np.ndarray, fmt: FloatFormat) -> bool:
@@ -168,5 +172,3 @@ def source_digest(digests: dict[str, str]) -> str:
     """One digest of the tensors read, whatever files they were sharded into."""
     lines = "".join(f"{name} {digest}\n" for name, digest in sorted(digests.items()))
     return hashlib.sha256(lines.encode()).hexdigest()
-
-

@@ -1,0 +1,129 @@
+"""Running a graph on ONNX Runtime: named tensors in, named tensors out, cache buffers updated in place."""
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+
+from ..bundle import GraphSpec
+from ..errors import OneVisionError
+from ..precision import FloatFormat, float_format
+
+_ERRORS_ONLY = 3
+
+
+@dataclass(frozen=True, slots=True)
+class SessionOptions:
+    """How ONNX Runtime runs a graph.
+
+    threads: for one operator; None: one per physical core. prepack: let it copy weights into the layout its
+    kernels like best, which is faster and takes their size again in memory; without it the weights stay in
+    the mapped file.
+    """
+
+    threads: int | None = None
+    prepack: bool = True
+    log_severity: int = _ERRORS_ONLY
+    profile_prefix: str | None = None
+
+    def build(self) -> ort.SessionOptions:
+        """The same in ONNX Runtime's words."""
+        options = ort.SessionOptions()
+        options.log_severity_level = self.log_severity
+        if self.threads is not None:
+            if self.threads < 1:
+                raise OneVisionError(f"threads is {self.threads}; it must be a whole number from 1")
+            options.intra_op_num_threads = self.threads
+        if not self.prepack:
+            options.add_session_config_entry("session.disable_prepacking", "1")
+        if self.profile_prefix:
+            options.enable_profiling = True
+            options.profile_file_prefix = self.profile_prefix
+        return options
+
+
+class Graph:
+    """One graph, loaded. `fmt` is the format of its floating-point inputs and weights."""
+
+    def __init__(self, path: Path, spec: GraphSpec, options: SessionOptions) -> None:
+        self.spec = spec
+        self.fmt: FloatFormat = float_format(spec.dtype)
+        self.log_severity = options.log_severity
+        if self.fmt.name == "bf16":
+            raise OneVisionError(
+                f"{path}: ONNX Runtime's CPU provider has no bfloat16 kernels; export with --dtype fp32 or fp16 to run "
+                "here (a bf16 bundle is for TensorRT)"
+            )
+        try:
+            self.session = ort.InferenceSession(
+                os.fspath(path), options.build(), providers=["CPUExecutionProvider"]
+            )
+        except Exception as error:  # ONNX Runtime's exceptions share no useful base
+            raise OneVisionError(
+                f"{path}: ONNX Runtime cannot load this graph: {_first_line(error)}"
+            ) from error
+        self._check_contract(path)
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """Run once on host arrays; returns the outputs in the graph's order."""
+        try:
+            return self.session.run(None, dict(inputs))
+        except Exception as error:
+            raise OneVisionError(f"{self.spec.file}: {_first_line(error)}") from error
+
+    def bind(self) -> "Binding":
+        """A binding to run the graph on buffers that stay where they are."""
+        return Binding(self)
+
+    def _check_contract(self, path: Path) -> None:
+        for what, declared, found in (
+            ("inputs", self.spec.inputs, self.session.get_inputs()),
+            ("outputs", self.spec.outputs, self.session.get_outputs()),
+        ):
+            if [t.name for t in declared] != [t.name for t in found]:
+                raise OneVisionError(f"{path}: its {what} are not those the manifest names; export it again")
+
+
+class Binding:
+    """A graph with tensors bound to its inputs and outputs. Bound arrays are used where they lie."""
+
+    def __init__(self, graph: Graph) -> None:
+        self.graph = graph
+        self._binding = graph.session.io_binding()
+        self._run_options = ort.RunOptions()
+        self._run_options.log_severity_level = graph.log_severity
+        self._held: dict[str, Any] = {}
+
+    def input(self, name: str, array: np.ndarray) -> None:
+        """Bind a contiguous array to an input."""
+        value = ort.OrtValue.ortvalue_from_numpy(array)
+        self._held[name] = (value, array)
+        self._binding.bind_ortvalue_input(name, value)
+
+    def in_place(self, past: str, present: str, array: np.ndarray) -> None:
+        """Bind one contiguous array to an input and to the output that updates it."""
+        value = ort.OrtValue.ortvalue_from_numpy(array)
+        self._held[past] = (value, array)
+        self._binding.bind_ortvalue_input(past, value)
+        self._binding.bind_ortvalue_output(present, value)
+
+    def output(self, name: str, array: np.ndarray) -> None:
+        """Bind a contiguous array to receive an output."""
+        value = ort.OrtValue.ortvalue_from_numpy(array)
+        self._held[name] = (value, array)
+        self._binding.bind_ortvalue_output(name, value)
+
+    def run(self) -> None:
+        """Run on what is bound."""
+        try:
+            self.graph.session.run_with_iobinding(self._binding, self._run_options)
+        except Exception as error:
+            raise OneVisionError(f"{self.graph.spec.file}: {_first_line(error)}") from error
+
+
+def _first_line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0]

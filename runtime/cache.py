@@ -1,0 +1,86 @@
+"""The KV cache and the decoder that updates it in place."""
+
+import numpy as np
+
+from ..config import TextConfig
+from ..errors import OneVisionError
+from .backend import Binding, Graph
+
+
+class KVCache:
+    """Keys and values of `batch` sequences, each with `max_length` rows; row = position.
+
+    Pages are taken from the system as rows are written, so an unused tail costs nothing.
+    """
+
+    def __init__(self, config: TextConfig, max_length: int, batch: int, dtype: np.dtype) -> None:
+        shape = (batch, config.num_key_value_heads, max_length, config.head_dim)
+        self.layers = [
+            (np.zeros(shape, dtype), np.zeros(shape, dtype)) for _ in range(config.num_hidden_layers)
+        ]
+        self.max_length, self.batch = max_length, batch
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all buffers when every row is in use."""
+        return sum(key.nbytes + value.nbytes for key, value in self.layers)
+
+    def rows(self, start: int, stop: int) -> "KVCache":
+        """The cache of sequences start..stop, a view on the same memory."""
+        view = object.__new__(KVCache)
+        view.layers = [(key[start:stop], value[start:stop]) for key, value in self.layers]
+        view.max_length, view.batch = self.max_length, stop - start
+        return view
+
+
+class Decoder:
+    """The decoder graph bound to one cache: every call appends tokens to its sequences."""
+
+    def __init__(self, graph: Graph, cache: KVCache, vocab_size: int) -> None:
+        self.cache, self.vocab_size = cache, vocab_size
+        self._binding: Binding = graph.bind()
+        self._logits = np.empty((0, 0, vocab_size), np.float32)
+        for i, (key, value) in enumerate(cache.layers):
+            self._binding.in_place(f"past_key.{i}", f"present_key.{i}", key)
+            self._binding.in_place(f"past_value.{i}", f"present_value.{i}", value)
+
+    def __call__(self, embeds: np.ndarray, starts: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Append tokens and return logits.
+
+        embeds: [batch, tokens, D] in the graph's format. starts: int64 [batch], the position of each
+        sequence's first token. rows: int64 [batch, n], the tokens of this call whose logits are wanted.
+        Returns float32 [batch, n, vocab], valid until the next call.
+        """
+        tokens = embeds.shape[1]
+        end = int(starts.max()) + tokens
+        if end > self.cache.max_length:
+            raise OneVisionError(f"{end} tokens do not fit the KV cache of {self.cache.max_length}")
+        binding = self._binding
+        binding.input("inputs_embeds", embeds)
+        binding.input("position_ids", starts[:, None] + np.arange(tokens))
+        binding.input("write_indices", starts)
+        binding.input("valid_length", np.array([end], np.int64))
+        binding.input("logits_indices", rows)
+        shape = (*rows.shape, self.vocab_size)
+        if self._logits.shape != shape:
+            self._logits = np.empty(shape, np.float32)
+        binding.output("logits", self._logits)
+        binding.run()
+        return self._logits
+
+    def prefill(self, embeds: np.ndarray, chunk: int, every_row: bool = False) -> np.ndarray:
+        """Fill an empty cache of one sequence with its prompt, `chunk` tokens at a time.
+
+        embeds: [tokens, D]. Returns float32 logits: [vocab] of the last token, or [tokens, vocab].
+        """
+        collected = np.empty((len(embeds), self.vocab_size), np.float32) if every_row else None
+        last = np.empty(self.vocab_size, np.float32)
+        for start in range(0, len(embeds), chunk):
+            part = embeds[None, start : start + chunk]
+            tokens = part.shape[1]
+            wanted = np.arange(tokens) if every_row else np.array([tokens - 1])
+            logits = self(part, np.array([start]), wanted[None])[0]
+            if collected is not None:
+                collected[start : start + tokens] = logits
+            last = logits[-1]
+        return last if collected is None else collected

@@ -1,0 +1,53 @@
+"""Stitching: text rows from the embedding table, image rows where the placeholder tokens stand."""
+
+from pathlib import Path
+
+import numpy as np
+
+from ..bundle import TableSpec
+from ..errors import OneVisionError
+from ..precision import FLOAT_FORMATS
+
+
+class EmbeddingTable:
+    """Token embeddings in a memory-mapped file: only the rows that are used are read."""
+
+    def __init__(self, path: Path, spec: TableSpec) -> None:
+        dtype = next((f.numpy for f in FLOAT_FORMATS.values() if f.onnx == spec.dtype), None)
+        if dtype is None or path.stat().st_size != spec.shape[0] * spec.shape[1] * dtype.itemsize:
+            raise OneVisionError(
+                f"{path}: is not a table of {list(spec.shape)} {spec.dtype}; export the bundle again"
+            )
+        self.values = np.memmap(path, dtype, "r", shape=spec.shape)
+
+    def __getitem__(self, ids: np.ndarray) -> np.ndarray:
+        """Rows of `ids` (int64, any shape), copied out: [*ids.shape, D]."""
+        return np.asarray(self.values[ids])
+
+
+def check_ids(ids: np.ndarray, vocab_size: int) -> None:
+    """Refuse ids that have no embedding."""
+    if ids.size and (ids.min() < 0 or ids.max() >= vocab_size):
+        bad = ids[(ids < 0) | (ids >= vocab_size)].flat[0]
+        raise OneVisionError(f"token id {bad} is outside the vocabulary of {vocab_size}")
+
+
+def check_counts(ids: np.ndarray, token_id: int, features: int, name: str) -> None:
+    """The number of placeholders must be the number of feature rows; the error names both."""
+    placeholders = int((ids == token_id).sum())
+    if placeholders != features:
+        raise OneVisionError(
+            f"input_ids hold {placeholders} {name} placeholder tokens (id {token_id}), the {name} inputs give "
+            f"{features} embeddings: they must be equal"
+        )
+
+
+def stitch(table: EmbeddingTable, ids: np.ndarray, features: dict[int, np.ndarray]) -> np.ndarray:
+    """Embeddings of `ids` (int64 [tokens]) with the rows of `features[id]` in place of each such id, in order.
+
+    Returns [tokens, D] in the table's format.
+    """
+    embeds = table[ids]
+    for token_id, rows in features.items():
+        embeds[ids == token_id] = rows
+    return embeds

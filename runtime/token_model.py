@@ -1,0 +1,259 @@
+"""The token level of a loaded bundle: ids and pixel rows in, logits or new ids out. It needs no tokenizer."""
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..bundle import Bundle
+from ..errors import OneVisionError
+from .backend import Graph, SessionOptions
+from .cache import Decoder, KVCache
+from .generation import Loop, Running, Timings, new_sequence
+from .sampling import SamplingParams
+from .stitching import EmbeddingTable, check_counts, check_ids, stitch
+from .vision import VisionEncoder
+
+DEFAULT_PREFILL_CHUNK = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Media:
+    """The images, or the videos, of a call: float pixel rows [patches, patch_dim] and their grid [n, 3]."""
+
+    pixel_values: np.ndarray | None
+    grid_thw: np.ndarray | None
+
+
+class TokenModel:
+    """The graphs of a bundle, its embedding table and a KV cache. One call runs at a time; others wait."""
+
+    def __init__(self, bundle: Bundle, options: SessionOptions, prefill_chunk: int) -> None:
+        self.bundle, self.config = bundle, bundle.manifest.model
+        self.max_length = bundle.manifest.max_length
+        self.prefill_chunk = _checked_chunk(prefill_chunk)
+        self.eos_token_ids = self.config.eos_token_ids
+        self._media_ids = {"image": self.config.image_token_id, "video": self.config.video_token_id}
+        self._graphs = {
+            part: Graph(bundle.path(spec.file), spec, options)
+            for part, spec in bundle.manifest.graphs.items()
+        }
+        table = bundle.manifest.embedding
+        self._table = EmbeddingTable(bundle.path(table.file), table) if table else None
+        self._lock = threading.Lock()
+        self._decoders: list[Decoder] = []
+
+    def encode_images(self, pixel_values: np.ndarray, image_grid_thw: np.ndarray) -> np.ndarray:
+        """Embeddings of images: float32 [tokens, D].
+
+        pixel_values: [patches of all images, patch_dim] as `preprocess_images` makes them; image_grid_thw:
+        [images, 3]. Video frames alike, with their count as the first grid number.
+        """
+        encoder = self._encoder()
+        return encoder(*encoder.check(pixel_values, image_grid_thw, "image")).astype(np.float32, copy=False)
+
+    def logits(
+        self,
+        input_ids: np.ndarray,
+        pixel_values: np.ndarray | None = None,
+        image_grid_thw: np.ndarray | None = None,
+        pixel_values_videos: np.ndarray | None = None,
+        video_grid_thw: np.ndarray | None = None,
+        attention_mask: np.ndarray | None = None,
+        *,
+        prefill_chunk: int | None = None,
+    ) -> np.ndarray:
+        """Next-token logits at every position: float32 [batch, tokens, vocab].
+
+        input_ids: [batch, tokens], padded left or right as attention_mask (1 = token) says; rows at padding
+        are zeros. Pixel inputs belong to the placeholders in row-major order.
+        """
+        ids, spans = self._unpadded(input_ids, attention_mask)
+        media = {
+            "image": Media(pixel_values, image_grid_thw),
+            "video": Media(pixel_values_videos, video_grid_thw),
+        }
+        logits = np.zeros((*np.atleast_2d(input_ids).shape, self.config.text.vocab_size), np.float32)
+        prompts = self._embed(ids, media)
+        with self._loop(1, prefill_chunk) as loop:
+            for row, (left, right), prompt in zip(logits, spans, prompts, strict=True):
+                row[left:right] = loop.decoder.prefill(prompt, loop.chunk, every_row=True)
+        return logits
+
+    def generate_ids(
+        self,
+        input_ids: np.ndarray,
+        pixel_values: np.ndarray | None = None,
+        image_grid_thw: np.ndarray | None = None,
+        pixel_values_videos: np.ndarray | None = None,
+        video_grid_thw: np.ndarray | None = None,
+        attention_mask: np.ndarray | None = None,
+        *,
+        max_tokens: int = 16,
+        eos_token_id: int | Sequence[int] | None = None,
+        prefill_chunk: int | None = None,
+        **options: Any,
+    ) -> np.ndarray:
+        """The new ids after each row: int64 [batch, n], greedy unless `options` (SamplingParams) say otherwise.
+
+        Inputs as for `logits`. eos_token_id: None for the bundle's, an empty list for none. n is the longest
+        answer; shorter ones end in their end token, then padding.
+        """
+        ids, _ = self._unpadded(input_ids, attention_mask)
+        media = {
+            "image": Media(pixel_values, image_grid_thw),
+            "video": Media(pixel_values_videos, video_grid_thw),
+        }
+        params = sampling_params({**options, "max_tokens": max_tokens})
+        eos = (
+            self.eos_token_ids
+            if eos_token_id is None
+            else tuple(np.atleast_1d(eos_token_id).astype(int).tolist())
+        )
+        prompts = self._embed(ids, media)
+        batch = [self._sequence(row, prompt, params, eos) for row, prompt in zip(ids, prompts, strict=True)]
+        with self._loop(len(batch), prefill_chunk) as loop:
+            for _ in loop.steps(batch, Timings()):
+                pass
+        return self._padded(batch, eos)
+
+    def _padded(self, batch: Sequence[Running], eos: Sequence[int]) -> np.ndarray:
+        """New ids in one array, the end token shown where one was produced."""
+        answers = [s.token_ids + ([s.end_token_id] if s.end_token_id is not None else []) for s in batch]
+        pad = self.config.pad_token_id
+        out = np.full(
+            (len(answers), max(map(len, answers))), next(iter(eos), 0) if pad is None else pad, np.int64
+        )
+        for row, ids in zip(out, answers, strict=True):
+            row[: len(ids)] = ids
+        return out
+
+    def _unpadded(
+        self, input_ids: np.ndarray, attention_mask: np.ndarray | None
+    ) -> tuple[list[np.ndarray], list[tuple[int, int]]]:
+        """Each row's own ids, and where they stand in the row."""
+        ids = np.atleast_2d(input_ids)
+        if ids.ndim != 2 or ids.dtype.kind not in "iu" or not ids.size:
+            raise OneVisionError(
+                f"input_ids must be integers [batch, tokens], not {ids.dtype} {list(ids.shape)}"
+            )
+        mask = (
+            np.ones(ids.shape, bool) if attention_mask is None else np.atleast_2d(attention_mask).astype(bool)
+        )
+        if mask.shape != ids.shape:
+            raise OneVisionError(f"attention_mask has shape {list(mask.shape)}, input_ids {list(ids.shape)}")
+        check_ids(ids[mask], self.config.text.vocab_size)
+        spans = [_span(row, i) for i, row in enumerate(mask)]
+        return [
+            row[left:right].astype(np.int64) for row, (left, right) in zip(ids, spans, strict=True)
+        ], spans
+
+    def _embed(self, ids: Sequence[np.ndarray], media: dict[str, Media]) -> list[np.ndarray]:
+        """Embeddings of every row, media stitched in: [tokens, D] each, in the graph's format."""
+        for row in ids:
+            self._check_length(len(row))
+        shares: list[dict[int, np.ndarray]] = [{} for _ in ids]
+        for name, entries in media.items():
+            token_id = self._media_ids[name]
+            features = self._features(name, np.concatenate(ids), entries)
+            ends = np.cumsum([int((row == token_id).sum()) for row in ids])
+            for share, part in zip(shares, np.split(features, ends[:-1]), strict=True):
+                share[token_id] = part
+        return [self._stitched(row, share) for row, share in zip(ids, shares, strict=True)]
+
+    def _stitched(self, ids: np.ndarray, features: dict[int, np.ndarray]) -> np.ndarray:
+        self._decoder_graph()
+        assert self._table is not None
+        return stitch(self._table, ids, features)
+
+    def _features(self, name: str, ids: np.ndarray, media: Media) -> np.ndarray:
+        """Embeddings of the images or videos whose placeholders stand in `ids`; checked before they are made."""
+        token_id = self._media_ids[name]
+        if media.pixel_values is None and media.grid_thw is None:
+            check_counts(ids, token_id, 0, name)
+            return np.empty((0, self.config.text.hidden_size), self._decoder_graph().fmt.numpy)
+        if media.pixel_values is None or media.grid_thw is None:
+            raise OneVisionError(f"{name} pixel values and their grid go together: one of them is missing")
+        encoder = self._encoder()
+        pixels, grid = encoder.check(media.pixel_values, media.grid_thw, name)
+        check_counts(ids, token_id, int(encoder.tokens(grid).sum()), name)
+        return encoder(pixels, grid)
+
+    def _sequence(
+        self, ids: np.ndarray, prompt: np.ndarray, params: SamplingParams, eos: Sequence[int]
+    ) -> Running:
+        return new_sequence(
+            prompt,
+            ids,
+            params,
+            eos_token_ids=eos,
+            suppress=tuple(self._media_ids.values()),
+            vocab_size=self.config.text.vocab_size,
+            max_length=self.max_length,
+        )
+
+    @contextmanager
+    def _loop(self, batch: int, chunk: int | None = None) -> Iterator[Loop]:
+        """The loop over a cache of `batch` sequences, which is kept for the next call of that size."""
+        chunk = self.prefill_chunk if chunk is None else _checked_chunk(chunk)
+        graph = self._decoder_graph()
+        assert self._table is not None
+        with self._lock:
+            if not self._decoders or self._decoders[0].cache.batch != batch:
+                self._decoders.clear()  # frees the old cache first
+                self._decoders = _decoders(graph, self.config.text.vocab_size, self._new_cache(batch, graph))
+            rows = self._decoders[1:] or self._decoders
+            yield Loop(self._decoders[0], rows, self._table, chunk)
+
+    def _new_cache(self, batch: int, graph: Graph) -> KVCache:
+        return KVCache(self.config.text, self.max_length, batch, graph.fmt.numpy)
+
+    def _check_length(self, tokens: int) -> None:
+        if tokens > self.max_length:
+            raise OneVisionError(
+                f"the prompt has {tokens} tokens; this bundle holds {self.max_length}: use fewer or smaller images "
+                "(max_pixels), or export with a larger --max-length"
+            )
+
+    def _encoder(self) -> VisionEncoder:
+        self.bundle.graph("vision")
+        return VisionEncoder(self._graphs["vision"], self.config.vision)
+
+    def _decoder_graph(self) -> Graph:
+        self.bundle.graph("decoder")
+        return self._graphs["decoder"]
+
+
+def _decoders(graph: Graph, vocab_size: int, cache: KVCache) -> list[Decoder]:
+    """A decoder for the whole batch and, where it has several sequences, one for each."""
+    views = [cache.rows(i, i + 1) for i in range(cache.batch)] if cache.batch > 1 else []
+    return [Decoder(graph, c, vocab_size) for c in (cache, *views)]
+
+
+def sampling_params(options: dict[str, Any]) -> SamplingParams:
+    """SamplingParams from keyword options; an unknown one is an error that lists the known."""
+    known = set(SamplingParams.__dataclass_fields__)
+    unknown = sorted(set(options) - known)
+    if unknown:
+        raise OneVisionError(f"unknown option {', '.join(unknown)}; known: {', '.join(sorted(known))}")
+    return SamplingParams(**options)
+
+
+def _checked_chunk(prefill_chunk: int) -> int:
+    if prefill_chunk < 1:
+        raise OneVisionError(f"prefill_chunk is {prefill_chunk}; it must be a whole number from 1")
+    return prefill_chunk
+
+
+def _span(mask: np.ndarray, row: int) -> tuple[int, int]:
+    """First and last + 1 of a row's tokens, which must stand together."""
+    places = np.flatnonzero(mask)
+    if not len(places):
+        raise OneVisionError(f"attention_mask row {row} has no token")
+    left, right = int(places[0]), int(places[-1]) + 1
+    if right - left != len(places):
+        raise OneVisionError(f"attention_mask row {row} has holes: pad on the left or the right only")
+    return left, right

@@ -1,0 +1,73 @@
+"""Running the vision graph on images of any mix of sizes."""
+
+import numpy as np
+
+from ..config import VisionConfig
+from ..errors import OneVisionError
+from .backend import Graph
+from .images import patch_positions
+
+# Attention scores of one call, images * heads * patches^2 values, stay below this (float32: 1 GiB).
+_MAX_SCORES = 1 << 28
+
+
+class VisionEncoder:
+    """pixel rows and grids in, embeddings out."""
+
+    def __init__(self, graph: Graph, config: VisionConfig) -> None:
+        self.graph, self.config = graph, config
+
+    def tokens(self, grid_thw: np.ndarray) -> np.ndarray:
+        """Embeddings each entry of a grid [n, 3] becomes: int64 [n]."""
+        return np.prod(grid_thw, axis=1) // self.config.merge_unit
+
+    def check(
+        self, pixel_values: np.ndarray, grid_thw: np.ndarray, name: str
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Both inputs as arrays of the right dtype, after checking that they belong together."""
+        merge = self.config.spatial_merge_size
+        grid = np.asarray(grid_thw)
+        if grid.ndim != 2 or grid.shape[1] != 3 or grid.dtype.kind not in "iu" or (grid < 1).any():
+            raise OneVisionError(
+                f"{name}_grid_thw must be positive integers [n, 3], not {grid.dtype} {list(grid.shape)}"
+            )
+        if (grid[:, 1:] % merge).any():
+            raise OneVisionError(
+                f"{name}_grid_thw heights and widths must be multiples of {merge}: {grid.tolist()}"
+            )
+        pixels = np.asarray(pixel_values)
+        patches = int(np.prod(grid, axis=1).sum())
+        if pixels.ndim != 2 or pixels.shape != (patches, self.config.patch_dim):
+            raise OneVisionError(
+                f"{name} pixel values have shape {list(pixels.shape)}; the grid {grid.tolist()} asks for "
+                f"[{patches}, {self.config.patch_dim}]"
+            )
+        return pixels.astype(self.graph.fmt.numpy, copy=False), grid.astype(np.int64)
+
+    def __call__(self, pixel_values: np.ndarray, grid_thw: np.ndarray) -> np.ndarray:
+        """Embeddings of all images (and video frames), in order: [tokens, D] in the graph's format.
+
+        pixel_values: [patches, patch_dim]; grid_thw: [n, 3]. Segments of one size share calls.
+        """
+        segments = [(int(h), int(w)) for t, h, w in grid_thw for _ in range(t)]
+        sizes = np.array([h * w for h, w in segments])
+        starts = np.concatenate([[0], np.cumsum(sizes)])
+        merge_unit = self.config.merge_unit
+        embeds = np.empty((starts[-1] // merge_unit, self.config.text_hidden_size), self.graph.fmt.numpy)
+        for size in dict.fromkeys(segments):
+            members = [i for i, segment in enumerate(segments) if segment == size]
+            for batch in _batches(members, size[0] * size[1], self.config.num_heads):
+                pixels = np.stack([pixel_values[starts[i] : starts[i + 1]] for i in batch])
+                for i, rows in zip(batch, self._encode(pixels, size), strict=True):
+                    embeds[starts[i] // merge_unit : starts[i + 1] // merge_unit] = rows
+        return embeds
+
+    def _encode(self, pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        positions = patch_positions(*size, self.config.spatial_merge_size)
+        return self.graph.run({"pixel_values": pixels, "patch_positions": positions})[0]
+
+
+def _batches(members: list[int], patches: int, heads: int) -> list[list[int]]:
+    """Split segments of one size so that no call's attention scores pass the limit."""
+    count = max(1, _MAX_SCORES // (heads * (patches + 1) ** 2))
+    return [members[i : i + count] for i in range(0, len(members), count)]
