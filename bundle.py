@@ -143,13 +143,9 @@ class Bundle:
         directory = Path(path)
         if not directory.is_dir():
             what = "is a file" if directory.exists() else "does not exist"
-            raise OneVisionError(
-                f"{directory} {what}: give a bundle directory, as `onevision-edge export` writes it"
-            )
+            raise OneVisionError(f"{directory} {what}: give a bundle directory, as `onevision-edge export` writes it")
         if not (directory / MANIFEST).is_file():
-            raise OneVisionError(
-                f"{directory} holds no {MANIFEST}, so it is not a bundle; export the checkpoint first"
-            )
+            raise OneVisionError(f"{directory} holds no {MANIFEST}, so it is not a bundle; export the checkpoint first")
         bundle = cls(directory, Manifest.from_dict(read_json(directory / MANIFEST)))
         bundle._check_files()
         return bundle
@@ -191,18 +187,14 @@ class Bundle:
         for name in named:
             self.path(name)
             if name not in self.manifest.files:
-                raise OneVisionError(
-                    f"{self.directory / MANIFEST}: {name} is used but not listed under files"
-                )
+                raise OneVisionError(f"{self.directory / MANIFEST}: {name} is used but not listed under files")
         for name, spec in self.manifest.files.items():
             path = self.path(name)
             size = path.stat().st_size if path.is_file() else None
             if size is None:
                 raise OneVisionError(f"{path} is missing from the bundle; export or copy it again")
             if size != spec.size:
-                raise OneVisionError(
-                    f"{path} has {size} bytes, the manifest says {spec.size}; export or copy it again"
-                )
+                raise OneVisionError(f"{path} has {size} bytes, the manifest says {spec.size}; export or copy it again")
 
 
 def _blocks(path: Path, size: int = 1 << 22) -> Iterator[bytes]:
@@ -262,22 +254,25 @@ def writing(
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         lock = _claim(staging)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise OneVisionError(f"{target}: cannot be written: {error.filename} is not a directory") from error
     except OSError as error:
         raise OneVisionError(f"{target}: cannot be written: {error.strerror}") from error
     try:
+        check_destination(target, overwrite)  # again: another process may have finished in between
         _check_space(staging, expected_bytes)
-        writer = BundleWriter(staging)
-        yield writer
+        yield BundleWriter(staging)
         _replace(staging, target)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(staging).free
             raise OneVisionError(
-                f"{target}: the disk is full ({free / 1e9:.2f} GB free); nothing was kept, free some room and try again"
+                f"{target}: the disk is full ({_size(free)} free); nothing was kept, free some room and try again"
             ) from error
         raise OneVisionError(f"{target}: cannot be written: {error.strerror or error}") from error
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if _stands_at(staging, lock):  # after the rename, the name belongs to whoever writes next
+            shutil.rmtree(staging, ignore_errors=True)
         os.close(lock)
 
 
@@ -304,36 +299,48 @@ def _claim(staging: Path) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(lock)
-            raise OneVisionError(
-                f"{staging}: another process is writing this bundle; wait for it to end"
-            ) from None
-        with suppress(FileNotFoundError):
-            if os.stat(staging).st_ino == os.fstat(lock).st_ino:
-                break
+            raise OneVisionError(f"{staging}: another process is writing this bundle; wait for it to end") from None
+        if _stands_at(staging, lock):
+            break
         os.close(lock)  # another process finished and renamed it between the two calls
     for entry in staging.iterdir():
         shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
     return lock
 
 
+def _stands_at(path: Path, descriptor: int) -> bool:
+    """Whether `path` still names the directory behind `descriptor`."""
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    return False
+
+
 def _check_space(directory: Path, expected_bytes: int) -> None:
     free = shutil.disk_usage(directory).free
     if expected_bytes > free:
         raise OneVisionError(
-            f"{directory.parent}: the bundle needs {expected_bytes / 1e9:.2f} GB, the disk has {free / 1e9:.2f} GB free"
+            f"{directory.parent}: the bundle needs {_size(expected_bytes)}, the disk has {_size(free)} free"
         )
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
 
 
 def _replace(staging: Path, target: Path) -> None:
     """Rename the finished directory to its destination, over an older bundle if there is one."""
+    old = target.parent / f".{target.name}.old"
     if target.exists() and any(target.iterdir()):
-        old = target.parent / f".{target.name}.old"
         shutil.rmtree(old, ignore_errors=True)
         os.rename(target, old)
-        os.rename(staging, target)
-        shutil.rmtree(old, ignore_errors=True)
+        try:
+            os.rename(staging, target)
+        except BaseException:
+            os.rename(old, target)
+            raise
     else:
         os.rename(staging, target)
+    shutil.rmtree(old, ignore_errors=True)
     parent = os.open(target.parent, os.O_RDONLY)
     try:
         os.fsync(parent)

@@ -5,7 +5,6 @@ those defaults when absent; a missing dimension is an error that names its field
 """
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -27,6 +26,12 @@ _RELATIVES = {
     "Qwen2_5_VLForConditionalGeneration": "Qwen2.5-VL",
     "Qwen3VLForConditionalGeneration": "Qwen3-VL",
 }
+
+# Beyond any model of the family; a damaged number is refused before anything is built from it.
+_LARGEST_DIMENSION = 1 << 20
+_LARGEST_DEPTH = 1 << 10
+_LARGEST_NUMBER = 1e30
+_LARGEST_ID = (1 << 31) - 1
 
 VISION_ACTIVATIONS = ("gelu", "quick_gelu", "gelu_pytorch_tanh")
 _MISSING: Any = object()
@@ -143,9 +148,7 @@ class ModelConfig:
                     f"config.json: {field} is {value}, outside the vocabulary of {self.text.vocab_size}"
                 )
         if self.image_token_id == self.video_token_id:
-            raise OneVisionError(
-                f"config.json: image_token_id and video_token_id are both {self.image_token_id}"
-            )
+            raise OneVisionError(f"config.json: image_token_id and video_token_id are both {self.image_token_id}")
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -187,15 +190,15 @@ class _Section:
             return default
         return value
 
-    def integer(self, key: str, default: Any = _MISSING, minimum: int = 1) -> int:
+    def integer(self, key: str, default: Any = _MISSING, minimum: int = 1, maximum: int = _LARGEST_DIMENSION) -> int:
         value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-            raise OneVisionError(f"{self.name(key)} is {value!r}, not an integer of at least {minimum}")
+        if isinstance(value, bool) or not isinstance(value, int) or not minimum <= value <= maximum:
+            raise OneVisionError(f"{self.name(key)} is {value!r}, not an integer from {minimum} to {maximum}")
         return value
 
     def number(self, key: str, default: Any = _MISSING) -> float:
         value = self._get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < _LARGEST_NUMBER:
             raise OneVisionError(f"{self.name(key)} is {value!r}, not a positive number")
         return float(value)
 
@@ -241,11 +244,9 @@ def _vision_config(s: _Section, text_hidden_size: int) -> VisionConfig:
     hidden = s.integer("hidden_size")
     embed = s.integer("embed_dim", hidden)
     if embed != hidden:
-        raise OneVisionError(
-            f"{s.name('embed_dim')} is {embed} but hidden_size is {hidden}: they must be equal"
-        )
+        raise OneVisionError(f"{s.name('embed_dim')} is {embed} but hidden_size is {hidden}: they must be equal")
     config = VisionConfig(
-        depth=s.integer("depth"),
+        depth=s.integer("depth", maximum=_LARGEST_DEPTH),
         hidden_size=hidden,
         num_heads=s.integer("num_heads"),
         intermediate_size=s.integer("intermediate_size"),
@@ -269,25 +270,23 @@ def _vision_config(s: _Section, text_hidden_size: int) -> VisionConfig:
 
 def _text_config(s: _Section) -> TextConfig:
     s.choice("hidden_act", "silu", ("silu",))
-    s.refuse(
-        "layer_types",
-        "only full attention is supported",
-        ["full_attention"] * len(s.raw.get("layer_types") or []),
-    )
+    layer_types = s.raw.get("layer_types") or []
+    if not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types):
+        s.refuse("layer_types", "only full attention is supported")
     if s.raw.get("use_sliding_window"):
         s.refuse("sliding_window", "sliding-window attention is not supported")
     config = TextConfig(
         vocab_size=s.integer("vocab_size"),
         hidden_size=s.integer("hidden_size"),
         intermediate_size=s.integer("intermediate_size"),
-        num_hidden_layers=s.integer("num_hidden_layers"),
+        num_hidden_layers=s.integer("num_hidden_layers", maximum=_LARGEST_DEPTH),
         num_attention_heads=s.integer("num_attention_heads"),
         num_key_value_heads=s.integer("num_key_value_heads"),
         head_dim=s.integer("head_dim"),
         rms_norm_eps=s.number("rms_norm_eps", 1e-6),
         rope_theta=_rope_theta(s),
         attention_bias=s.flag("attention_bias", False),
-        max_position_embeddings=s.integer("max_position_embeddings"),
+        max_position_embeddings=s.integer("max_position_embeddings", maximum=_LARGEST_ID),
     )
     if config.num_attention_heads % config.num_key_value_heads:
         raise OneVisionError(
@@ -295,9 +294,7 @@ def _text_config(s: _Section) -> TextConfig:
             f"num_attention_heads {config.num_attention_heads}"
         )
     if config.head_dim % 2:
-        raise OneVisionError(
-            f"{s.name('head_dim')} is {config.head_dim}: rotary embedding needs an even width"
-        )
+        raise OneVisionError(f"{s.name('head_dim')} is {config.head_dim}: rotary embedding needs an even width")
     return config
 
 
@@ -343,4 +340,4 @@ def _first_id(*values: Any) -> int | None:
 
 
 def _is_id(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value <= _LARGEST_ID

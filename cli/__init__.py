@@ -1,1 +1,38 @@
+"""The onevision-edge command. Each verb is a file; heavy packages are imported when a verb runs."""
 
+from typing import Any
+
+import click
+
+from .. import __version__
+from ..errors import OneVisionError
+from .bundles import inspect, verify
+from .demo import demo
+from .doctor import doctor
+from .export import export
+from .run import chat, run
+
+
+class _Group(click.Group):
+    """Turns the errors a user can mend into one line and exit code 1."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except OneVisionError as error:
+            raise click.ClickException(str(error)) from error
+        except MemoryError as error:
+            raise click.ClickException("out of memory: use a smaller model, length, batch or image") from error
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="onevision-edge")
+def main() -> None:
+    """LLaVA-OneVision-1.5 on edge devices: export a checkpoint, run it, and know what you run.
+
+    Results go to stdout, everything else to stderr. Exit code 0: done; 1: failed; 2: wrong usage.
+    """
+
+
+for command in (demo, export, run, chat, inspect, verify, doctor):
+    main.add_command(command)

@@ -90,10 +90,8 @@ def _check_options(source: Checkpoint, max_length: int, parts: Sequence[str]) ->
     if unknown or not parts:
         raise OneVisionError(f"parts {', '.join(parts) or '(none)'}: choose from {', '.join(PARTS)}")
     limit = source.config.text.max_position_embeddings
-    if not 1 <= max_length <= limit:
-        raise OneVisionError(
-            f"max_length {max_length} is outside 1..{limit} (the model's max_position_embeddings)"
-        )
+    if type(max_length) is not int or not 1 <= max_length <= limit:
+        raise OneVisionError(f"max_length {max_length} is outside 1..{limit} (the model's max_position_embeddings)")
 
 
 def _build(source: Checkpoint, part: str, fmt: FloatFormat, max_length: int) -> tuple[ir.Model, Weights]:
@@ -132,15 +130,13 @@ def _graph_spec(model: ir.Model, file: str, fmt: FloatFormat) -> GraphSpec:
 
 
 def _tensor_spec(value: ir.Value) -> TensorSpec:
-    assert value.dtype is not None and value.shape is not None and value.name is not None
-    dtype = next(
-        (f.onnx for f in FLOAT_FORMATS.values() if f.onnx_type == value.dtype), value.dtype.name.lower()
-    )
+    assert value.dtype is not None
+    assert value.shape is not None
+    assert value.name is not None
+    dtype = next((f.onnx for f in FLOAT_FORMATS.values() if f.onnx_type == value.dtype), value.dtype.name.lower())
     shape = tuple(dim if isinstance(dim, int) else str(dim.value) for dim in value.shape)
     kind = value.name.split(".")[0]
-    return TensorSpec(
-        value.name, dtype, shape, MEANINGS.get(kind, "KV cache, one buffer for past and present")
-    )
+    return TensorSpec(value.name, dtype, shape, MEANINGS.get(kind, "KV cache, one buffer for past and present"))
 
 
 def _copy_published(directory: Path, writer: BundleWriter) -> None:

@@ -113,19 +113,15 @@ class Checkpoint:
 def locate(source: str | os.PathLike[str]) -> Path:
     """The local directory of a checkpoint named by path, hub id, or "demo"."""
     path = Path(source)
+    if str(source) == "demo":  # whatever the working directory holds; ./demo is the way to say that one
+        return Path(__file__).resolve().parent.parent / "demo" / "checkpoint"
     if path.is_dir():
         return path
-    if str(source) == "demo":
-        return Path(__file__).resolve().parent.parent / "demo" / "checkpoint"
     if path.is_file():
-        raise OneVisionError(
-            f"{path} is a file: give the checkpoint's directory, the one that holds config.json"
-        )
+        raise OneVisionError(f"{path} is a file: give the checkpoint's directory, the one that holds config.json")
     if _looks_like_hub_id(str(source)):
         return _download(str(source))
-    raise OneVisionError(
-        f"{path} does not exist: give a checkpoint directory, a hub id (owner/name), or demo"
-    )
+    raise OneVisionError(f"{path} does not exist: give a checkpoint directory, a hub id (owner/name), or demo")
 
 
 def _looks_like_hub_id(source: str) -> bool:
@@ -159,9 +155,7 @@ def _stored_tensors(directory: Path) -> dict[str, StoredTensor]:
                 raise OneVisionError(f"{path}: tensor {name} is missing, but the index places it there")
             canonical = canonical_name(name)
             if canonical in found:
-                raise OneVisionError(
-                    f"{path}: tensor {name} is stored twice (also in {found[canonical].path.name})"
-                )
+                raise OneVisionError(f"{path}: tensor {name} is stored twice (also in {found[canonical].path.name})")
             found[canonical] = header[name]
     return found
 
@@ -186,7 +180,7 @@ def _indexed_shards(directory: Path, index_path: Path) -> dict[Path, list[str] |
         raise OneVisionError(f"{index_path}: weight_map is missing or empty")
     shards: dict[Path, list[str] | None] = {}
     for name, file in weight_map.items():
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
+        if not _is_shard_name(file):
             raise OneVisionError(
                 f"{index_path}: weight_map places {name} in {file!r}, not a safetensors file beside it"
             )
@@ -194,6 +188,11 @@ def _indexed_shards(directory: Path, index_path: Path) -> dict[Path, list[str] |
         assert names is not None
         names.append(name)
     return shards
+
+
+def _is_shard_name(file: Any) -> bool:
+    """A plain file name; what cannot be printed (a null byte, a lone surrogate) cannot be opened either."""
+    return isinstance(file, str) and file.isprintable() and Path(file).name == file and file.endswith(".safetensors")
 
 
 def canonical_name(name: str) -> str:
@@ -227,7 +226,7 @@ def _header_json(file: Any, file_size: int, path: Path) -> tuple[dict[str, Any],
             f"{path}: truncated or not safetensors (header of {length} bytes in a file of {file_size})"
         )
     try:
-        raw = json.loads(file.read(length))
+        raw = json.loads(file.read(length), object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
         raise OneVisionError(f"{path}: the safetensors header is not valid JSON: {error}") from error
     if not isinstance(raw, dict):
@@ -235,22 +234,29 @@ def _header_json(file: Any, file_size: int, path: Path) -> tuple[dict[str, Any],
     return raw, 8 + length
 
 
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    entries = dict(pairs)
+    if len(entries) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"it names {next(name for name in entries if names.count(name) > 1)} twice")
+    return entries
+
+
 def _stored(path: Path, name: str, entry: Any, start: int, file_size: int) -> StoredTensor:
     try:
         dtype, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
         whole = all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in (*shape, begin, end))
+        sound = whole and begin <= end and isinstance(entry["shape"], list) and isinstance(dtype, str)
     except (KeyError, TypeError, ValueError):
-        whole = False
-    if not whole or not isinstance(dtype, str):
+        sound = False
+    if not sound:
         raise OneVisionError(f"{path}: tensor {name} has a malformed header entry")
     if start + end > file_size:
         raise OneVisionError(
             f"{path}: truncated: tensor {name} ends at byte {start + end}, the file at {file_size}; fetch it again"
         )
     if dtype in DTYPES and end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
-        raise OneVisionError(
-            f"{path}: tensor {name} claims {list(shape)} {dtype} but holds {end - begin} bytes"
-        )
+        raise OneVisionError(f"{path}: tensor {name} claims {list(shape)} {dtype} but holds {end - begin} bytes")
     return StoredTensor(path, dtype, shape, start + begin, end - begin)
 
 
@@ -266,7 +272,7 @@ def _check_coverage(path: Path, tensors: Mapping[str, StoredTensor], start: int,
 
 
 def _read_exactly(file: Any, buffer: np.ndarray, path: Path, name: str) -> None:
-    view = memoryview(buffer)
+    view = buffer.data
     while view:
         count = file.readinto(view)
         if not count:

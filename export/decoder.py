@@ -28,9 +28,7 @@ from .layers import (
 class Step:
     """What every layer of one call shares."""
 
-    def __init__(
-        self, cos: Value, sin: Value, mask: Value, write_indices: Value, valid_length: Value
-    ) -> None:
+    def __init__(self, cos: Value, sin: Value, mask: Value, write_indices: Value, valid_length: Value) -> None:
         self.cos, self.sin, self.mask = cos, sin, mask
         self.write_indices, self.valid_length = write_indices, valid_length
 
@@ -49,9 +47,7 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, fmt)
         self.c, self.fmt = c, fmt
 
-    def forward(
-        self, op: Op, x: Value, step: Step, past_key: Value, past_value: Value
-    ) -> tuple[Value, Value, Value]:
+    def forward(self, op: Op, x: Value, step: Step, past_key: Value, past_value: Value) -> tuple[Value, Value, Value]:
         c = self.c
         q = self.q_norm(op, split_heads(op, self.q_proj(op, x), c.num_attention_heads, c.head_dim))
         k = self.k_norm(op, split_heads(op, self.k_proj(op, x), c.num_key_value_heads, c.head_dim))
@@ -97,9 +93,7 @@ class Layer(nn.Module):
         self.self_attn = Attention(c, fmt)
         self.mlp = MLP(c, fmt)
 
-    def forward(
-        self, op: Op, x: Value, step: Step, past_key: Value, past_value: Value
-    ) -> tuple[Value, Value, Value]:
+    def forward(self, op: Op, x: Value, step: Step, past_key: Value, past_value: Value) -> tuple[Value, Value, Value]:
         y, key, value = self.self_attn(op, self.input_layernorm(op, x), step, past_key, past_value)
         x = op.Add(x, y)
         return op.Add(x, self.mlp(op, self.post_attention_layernorm(op, x))), key, value

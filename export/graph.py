@@ -32,7 +32,8 @@ class Weights:
     def __init__(self, module: nn.Module) -> None:
         self.by_name: dict[str, Weight] = {}
         for parameter in module.parameters():
-            assert isinstance(parameter, Weight) and parameter.name is not None
+            assert isinstance(parameter, Weight)
+            assert parameter.name is not None
             self.by_name[parameter.name] = parameter
 
 
@@ -70,14 +71,13 @@ def build_decoder(config: ModelConfig, fmt: FloatFormat, max_length: int) -> tup
     return _finish(builder.graph), Weights(decoder)
 
 
-def _cache_inputs(
-    builder: GraphBuilder, c: TextConfig, fmt: FloatFormat, max_length: int
-) -> list[tuple[Value, Value]]:
-    shape = ["batch", c.num_key_value_heads, max_length, c.head_dim]
-    return [
-        tuple(builder.input(f"past_{kind}.{i}", ir_dtype(fmt), shape) for kind in ("key", "value"))
-        for i in range(c.num_hidden_layers)
-    ]  # type: ignore[misc]
+def _cache_inputs(builder: GraphBuilder, c: TextConfig, fmt: FloatFormat, max_length: int) -> list[tuple[Value, Value]]:
+    shape: list[int | str | None] = ["batch", c.num_key_value_heads, max_length, c.head_dim]
+
+    def buffer(name: str) -> Value:
+        return builder.input(name, ir_dtype(fmt), shape)
+
+    return [(buffer(f"past_key.{i}"), buffer(f"past_value.{i}")) for i in range(c.num_hidden_layers)]
 
 
 def _builder(name: str) -> GraphBuilder:

@@ -152,7 +152,7 @@ def attention(op: Op, q: Value, k: Value, v: Value, mask: Value | None, fmt: Flo
     mask: bool [batch, 1, s, t], true where s sees t; None for full attention. Query heads
     j*g .. j*g+g-1 share key head j. Returns [batch, heads, s, d].
     """
-    head_dim = int(q.shape[-1])
+    head_dim = _dims(q)[-1]
     if fmt.name != "fp32":
         return op.Attention(q, k, v, mask, scale=1.0 / math.sqrt(head_dim))
     return _attention_products(op, q, k, v, mask, head_dim)
@@ -160,10 +160,21 @@ def attention(op: Op, q: Value, k: Value, v: Value, mask: Value | None, fmt: Flo
 
 def _attention_products(op: Op, q: Value, k: Value, v: Value, mask: Value | None, head_dim: int) -> Value:
     """The same in plain products: TensorRT has no fused float32 kernel and refuses the operator there."""
-    heads, kv_heads = int(q.shape[1]), int(k.shape[1])
-    q = op.Reshape(op.Mul(q, 1.0 / math.sqrt(head_dim)), [0, kv_heads, heads // kv_heads, -1, head_dim])
+    batch, heads, tokens, _ = _dims(q)
+    kv_heads = _dims(k)[1]
+    groups = heads // kv_heads
+    q = op.Reshape(op.Mul(q, 1.0 / math.sqrt(head_dim)), [0, kv_heads, groups, -1, head_dim])
+    q.shape = ir.Shape([batch, kv_heads, groups, tokens, head_dim])
     scores = op.MatMul(q, op.Transpose(op.Unsqueeze(k, [2]), perm=[0, 1, 2, 4, 3]))
     if mask is not None:
         scores = op.Where(op.Unsqueeze(mask, [2]), scores, float(np.finfo(np.float32).min))
     y = op.MatMul(op.Softmax(scores, axis=-1), op.Unsqueeze(v, [2]))
-    return op.Reshape(y, [0, heads, -1, head_dim])
+    y = op.Reshape(y, [0, heads, -1, head_dim])
+    y.shape = ir.Shape([batch, heads, tokens, head_dim])
+    return y
+
+
+def _dims(value: Value) -> list[Any]:
+    """A value's dimensions: sizes, and symbols for free ones."""
+    assert value.shape is not None
+    return list(value.shape)

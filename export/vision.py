@@ -6,6 +6,7 @@ Contract: `pixel_values [images, patches, patch_dim]` in the graph's format, row
 image attends within itself only, so there is no mask. A video's frames are images.
 """
 
+import onnx_ir as ir
 from onnxscript import nn
 
 from ..config import VisionConfig
@@ -105,6 +106,7 @@ class Merger(nn.Module):
 
     def forward(self, op: Op, x: Value) -> Value:
         x = op.Reshape(self.ln_q(op, x), [0, -1, self.joined])
+        x.shape = ir.Shape(["images", "image_tokens", self.joined])
         for layer in self.mlp:
             x = layer(op, x)
         return x
@@ -138,20 +140,28 @@ class VisionTower(nn.Module):
         for block in self.blocks:
             x = block(op, x, cos, sin)
         patches = op.Slice(x, [1], [INT64_MAX], [1])
+        patches.shape = ir.Shape(["images", "patches", self.c.hidden_size])
         return self.merger(op, patches)
 
     def prepend_class_token(self, op: Op, x: Value, images: Value) -> Value:
-        """[images, patches, hidden] -> [images, 1 + patches, hidden]."""
-        shape = op.Concat(images, [1, self.c.hidden_size], axis=0)
-        return op.Concat(op.Expand(self.class_embedding, shape), x, axis=1)
+        """[images, patches, hidden] -> [images, rows, hidden], with 1 + patches rows."""
+        hidden = self.c.hidden_size
+        class_token = op.Expand(self.class_embedding, op.Concat(images, [1, hidden], axis=0))
+        class_token.shape = ir.Shape(["images", 1, hidden])
+        x = op.Concat(class_token, x, axis=1)
+        x.shape = ir.Shape(["images", "rows", hidden])
+        return x
 
     def rotary(self, op: Op, positions: Value, images: Value) -> tuple[Value, Value]:
-        """cos and sin, float32 [images, 1 + patches, head_dim / 2].
+        """cos and sin, float32 [images, rows, head_dim / 2].
 
         A patch's angles are its row's, then its column's; the class token's are learned.
         """
         half = self.c.head_dim // 2
         angles = op.Reshape(rotary_angles(op, positions, ROPE_THETA, half), [-1, half])
-        angles = op.Unsqueeze(op.Concat(self.class_pos_emb, angles, axis=0), [0])
-        angles = op.Expand(angles, op.Concat(images, [1, 1], axis=0))
+        angles.shape = ir.Shape(["patches", half])
+        angles = op.Concat(self.class_pos_emb, angles, axis=0)
+        angles.shape = ir.Shape(["rows", half])
+        angles = op.Expand(op.Unsqueeze(angles, [0]), op.Concat(images, [1, 1], axis=0))
+        angles.shape = ir.Shape(["images", "rows", half])
         return op.Cos(angles), op.Sin(angles)

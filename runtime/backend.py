@@ -21,12 +21,12 @@ class SessionOptions:
     """How ONNX Runtime runs a graph.
 
     threads: for one operator; None: one per physical core. prepack: let it copy weights into the layout its
-    kernels like best, which is faster and takes their size again in memory; without it the weights stay in
-    the mapped file.
+    kernels like best. Without, they stay in the mapped file. Measured on a 1.5-billion-parameter FP32 model:
+    load 15 s against 0.3 s, 4.3 GB against 0.04 GB of private memory, prefill and decode within noise.
     """
 
     threads: int | None = None
-    prepack: bool = True
+    prepack: bool = False
     log_severity: int = _ERRORS_ONLY
     profile_prefix: str | None = None
 
@@ -35,7 +35,7 @@ class SessionOptions:
         options = ort.SessionOptions()
         options.log_severity_level = self.log_severity
         if self.threads is not None:
-            if self.threads < 1:
+            if not isinstance(self.threads, int) or self.threads < 1:
                 raise OneVisionError(f"threads is {self.threads}; it must be a whole number from 1")
             options.intra_op_num_threads = self.threads
         if not self.prepack:
@@ -59,13 +59,9 @@ class Graph:
                 "here (a bf16 bundle is for TensorRT)"
             )
         try:
-            self.session = ort.InferenceSession(
-                os.fspath(path), options.build(), providers=["CPUExecutionProvider"]
-            )
+            self.session = ort.InferenceSession(os.fspath(path), options.build(), providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's exceptions share no useful base
-            raise OneVisionError(
-                f"{path}: ONNX Runtime cannot load this graph: {_first_line(error)}"
-            ) from error
+            raise OneVisionError(f"{path}: ONNX Runtime cannot load this graph: {_first_line(error)}") from error
         self._check_contract(path)
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:

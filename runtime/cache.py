@@ -15,9 +15,7 @@ class KVCache:
 
     def __init__(self, config: TextConfig, max_length: int, batch: int, dtype: np.dtype) -> None:
         shape = (batch, config.num_key_value_heads, max_length, config.head_dim)
-        self.layers = [
-            (np.zeros(shape, dtype), np.zeros(shape, dtype)) for _ in range(config.num_hidden_layers)
-        ]
+        self.layers = [(np.zeros(shape, dtype), np.zeros(shape, dtype)) for _ in range(config.num_hidden_layers)]
         self.max_length, self.batch = max_length, batch
 
     @property

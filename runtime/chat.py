@@ -260,9 +260,7 @@ def _render_text(template: str, messages: list[dict[str, Any]], add_generation_p
         pieces = (
             _Sandbox()
             .program(template)
-            .generate(
-                messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None
-            )
+            .generate(messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None)
         )
         text = ""
         for piece in pieces:

@@ -67,9 +67,7 @@ class Running:
 class Loop:
     """Prefill and decode of a batch over one cache."""
 
-    def __init__(
-        self, decoder: Decoder, row_decoders: Sequence[Decoder], table: EmbeddingTable, chunk: int
-    ) -> None:
+    def __init__(self, decoder: Decoder, row_decoders: Sequence[Decoder], table: EmbeddingTable, chunk: int) -> None:
         self.decoder, self.row_decoders = decoder, row_decoders
         self.table, self.chunk = table, chunk
 
@@ -95,10 +93,12 @@ class Loop:
     def _decode(self, batch: Sequence[Running]) -> np.ndarray:
         """One token for every sequence: logits [batch, vocab].
 
-        A finished sequence rewrites the row after its last, which nothing reads.
+        A finished sequence rewrites the row after its last, or the cache's last row when it is full; nothing
+        reads it again.
         """
         last = np.array([s.token_ids[-1:] or [0] for s in batch], np.int64)
         starts = np.array([len(s.prompt) + max(len(s.token_ids) - 1, 0) for s in batch], np.int64)
+        starts = np.minimum(starts, self.decoder.cache.max_length - 1)
         rows = np.zeros((len(batch), 1), np.int64)
         return self.decoder(self.table[last], starts, rows)[:, 0]
 

@@ -82,9 +82,7 @@ def resolve_source(source: str | os.PathLike[str] | bytes) -> Path | io.BytesIO:
     elif isinstance(source, str | os.PathLike):
         return _regular_file(local_path(source))
     else:
-        raise OneVisionError(
-            f"a {type(source).__name__} is not a path, bytes, data URL, Pillow image or array"
-        )
+        raise OneVisionError(f"a {type(source).__name__} is not a path, bytes, data URL, Pillow image or array")
     if not data:
         raise OneVisionError("there are no bytes in it")
     return io.BytesIO(data)
@@ -132,9 +130,7 @@ def _regular_file(path: Path) -> Path:
         if not os.access(path, os.R_OK):
             raise OneVisionError("there is no permission to read the file")
     except (OSError, ValueError) as error:
-        raise OneVisionError(
-            f"this is not a usable path ({getattr(error, 'strerror', None) or error})"
-        ) from error
+        raise OneVisionError(f"this is not a usable path ({getattr(error, 'strerror', None) or error})") from error
     return path
 
 
@@ -165,8 +161,7 @@ def _eight_bit(samples: np.ndarray) -> np.ndarray:
     low, high = samples.min(), samples.max()
     if not (low >= 0 and high <= 1):  # written so that NaN is refused too
         raise OneVisionError(
-            f"floating-point samples must be from 0 to 1, these go from {low:g} to {high:g}; "
-            "convert them to uint8"
+            f"floating-point samples must be from 0 to 1, these go from {low:g} to {high:g}; convert them to uint8"
         )
     return np.rint(samples * samples.dtype.type(255)).astype(np.uint8)
 
@@ -209,9 +204,7 @@ def _deep_samples(image: Image.Image) -> np.ndarray:
         return samples
     low, high = samples.min(), samples.max()
     if low < 0 or high > 0xFFFF:
-        raise OneVisionError(
-            f"its 32-bit samples, {low} to {high}, have no known range; convert it to 8 bits"
-        )
+        raise OneVisionError(f"its 32-bit samples, {low} to {high}, have no known range; convert it to 8 bits")
     return samples.astype(np.uint16)
 
 

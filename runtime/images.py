@@ -1,7 +1,8 @@
 """Images to the pixel rows the vision graph takes: resize, normalise, cut into patches.
 
 The numbers are those of Hugging Face's Qwen2VLImageProcessor in its PIL ("slow") variant with
-temporal_patch_size 1, bit for bit. Whatever cannot be used ends in a OneVisionError that names the image.
+temporal_patch_size 1, bit for bit on the same Pillow (13 changed the order of the two passes of some resizes:
+one level of 255 at most). Whatever cannot be used ends in a OneVisionError that names the image.
 """
 
 import math
@@ -69,9 +70,7 @@ class ImageProcessor:
         Raises OneVisionError naming the field that is wrong or asks for a step the model does not have.
         """
         if not isinstance(config, Mapping):
-            raise OneVisionError(
-                f"the preprocessor config must be a JSON object, not {type(config).__name__}"
-            )
+            raise OneVisionError(f"the preprocessor config must be a JSON object, not {type(config).__name__}")
         _refuse_foreign_steps(config)
         settings: dict[str, Any] = dict(_pixel_limits(config.get("size")))
         names = [field.name for field in fields(cls)]
@@ -139,8 +138,7 @@ class ImageProcessor:
         """
         sources = _as_list(frames)
         pictures = [
-            load_image(source, where=_position("frame", index, len(sources)))
-            for index, source in enumerate(sources)
+            load_image(source, where=_position("frame", index, len(sources))) for index, source in enumerate(sources)
         ]
         check_same_size(pictures)
         pixel_values, grid = self(pictures)
@@ -177,9 +175,7 @@ class ImageProcessor:
         for patches in codes:
             for channel in range(3):
                 # clip: a uint8 is always in range, and numpy then skips checking that it is.
-                values[start : start + len(patches), channel] = table[channel].take(
-                    patches[:, channel], mode="clip"
-                )
+                values[start : start + len(patches), channel] = table[channel].take(patches[:, channel], mode="clip")
             start += len(patches)
         return values.reshape(total, -1)
 
@@ -197,9 +193,7 @@ def patch_positions(grid_height: int, grid_width: int, merge_size: int) -> np.nd
     The merge_size x merge_size patches that become one image token stand together, row by row.
     """
     if grid_height % merge_size or grid_width % merge_size:
-        raise OneVisionError(
-            f"a {grid_height} x {grid_width} grid does not divide into blocks of {merge_size}"
-        )
+        raise OneVisionError(f"a {grid_height} x {grid_width} grid does not divide into blocks of {merge_size}")
     grid = np.indices((grid_height, grid_width), np.int64).transpose(1, 2, 0)
     blocks = grid.reshape(grid_height // merge_size, merge_size, grid_width // merge_size, merge_size, 2)
     return blocks.transpose(0, 2, 1, 3, 4).reshape(-1, 2)
@@ -211,8 +205,7 @@ def check_same_size(frames: Sequence[Image.Image]) -> None:
         if frame.size != frames[0].size:
             first, other = "{} x {}".format(*frames[0].size), "{} x {}".format(*frame.size)
             raise OneVisionError(
-                f"frame {number} is {other} pixels but frame 1 is {first}; "
-                "the frames of a video must share a size"
+                f"frame {number} is {other} pixels but frame 1 is {first}; the frames of a video must share a size"
             )
 
 
@@ -251,9 +244,7 @@ def _switch(config: Mapping[str, Any], name: str) -> bool:
 
 def _refuse_foreign_steps(config: Mapping[str, Any]) -> None:
     if not _switch(config, "do_resize"):
-        raise OneVisionError(
-            "do_resize false is not supported: patches need sides that are multiples of a token"
-        )
+        raise OneVisionError("do_resize false is not supported: patches need sides that are multiples of a token")
     for name in ("do_center_crop", "do_pad", "image_grid_pinpoints"):
         if config.get(name):
             raise OneVisionError(f"{name} is set: this is the preprocessor of another model family")
@@ -274,7 +265,5 @@ def _pixel_limits(size: Any) -> dict[str, int]:
             raise OneVisionError(f"size.{edge} must be a positive whole number, not {size[edge]!r}")
         limits[name] = size[edge]
     if not limits and size:
-        raise OneVisionError(
-            f"size must hold shortest_edge and longest_edge (pixel counts), not {list(size)}"
-        )
+        raise OneVisionError(f"size must hold shortest_edge and longest_edge (pixel counts), not {list(size)}")
     return limits

@@ -12,11 +12,11 @@ from ..bundle import Bundle
 from ..config import read_json
 from ..errors import OneVisionError
 from .backend import SessionOptions
-from .chat import Prompt, expand_placeholders, render
+from .chat import IMAGE_TOKEN, VIDEO_TOKEN, Prompt, expand_placeholders, render
 from .generation import Running, Timings, TokenLogprob
 from .images import ImageProcessor
-from .tokenizer import StreamDecoder, Tokenizer
 from .token_model import DEFAULT_PREFILL_CHUNK, Media, TokenModel, sampling_params
+from .tokenizer import StreamDecoder, Tokenizer
 from .video import load_video
 
 Messages = Sequence[dict[str, Any]]
@@ -65,7 +65,7 @@ class Model(TokenModel):
         min_pixels: int | None = None,
         max_pixels: int | None = None,
     ) -> None:
-        self.processor = _processor(bundle).with_pixels(min_pixels, max_pixels)
+        self.processor = image_processor(bundle).with_pixels(min_pixels, max_pixels)
         self.tokenizer = _tokenizer(bundle)
         super().__init__(bundle, options, prefill_chunk)
         if self.tokenizer:
@@ -93,9 +93,7 @@ class Model(TokenModel):
         """
         return (delta for _, delta in self._chat([messages], options))
 
-    def _chat(
-        self, conversations: Sequence[Messages], options: dict[str, Any]
-    ) -> Iterator[tuple[int, Delta]]:
+    def _chat(self, conversations: Sequence[Messages], options: dict[str, Any]) -> Iterator[tuple[int, Delta]]:
         """Pieces of every conversation's answer, with its index; each one's last piece carries the answer."""
         tokenizer = self._require_tokenizer()
         pixels = {name: options.pop(name, None) for name in ("min_pixels", "max_pixels")}
@@ -117,8 +115,10 @@ class Model(TokenModel):
 
     def _prepare(self, messages: Messages, tokenizer: Tokenizer, processor: ImageProcessor) -> _Prepared:
         timings, started = Timings(), perf_counter()
-        names = {f"{name}_token": tokenizer.token(i) for name, i in self._media_ids.items()}
-        prompt = render(messages, tokenizer.chat_template, **{k: v for k, v in names.items() if v})
+        image, video = (tokenizer.token(i) for i in self._media_ids.values())
+        prompt = render(
+            messages, tokenizer.chat_template, image_token=image or IMAGE_TOKEN, video_token=video or VIDEO_TOKEN
+        )
         media = _preprocess(prompt, processor)
         ids = self._expanded(tokenizer.encode(prompt.text), media)
         timings.preprocess, started = perf_counter() - started, perf_counter()
@@ -131,8 +131,7 @@ class Model(TokenModel):
     def _expanded(self, ids: list[int], media: dict[str, Media]) -> np.ndarray:
         """Token ids with every placeholder as long as its medium; refused at once when they cannot fit."""
         counts = {
-            name: [] if m.grid_thw is None else self._encoder().tokens(m.grid_thw).tolist()
-            for name, m in media.items()
+            name: [] if m.grid_thw is None else self._encoder().tokens(m.grid_thw).tolist() for name, m in media.items()
         }
         expanded = expand_placeholders(
             ids, self._media_ids["image"], self._media_ids["video"], counts["image"], counts["video"]
@@ -153,22 +152,22 @@ def load(
     bundle: str | os.PathLike[str],
     *,
     threads: int | None = None,
-    prepack: bool = True,
+    prepack: bool = False,
     prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
 ) -> Model:
     """Load a bundle to run on ONNX Runtime's CPU provider.
 
-    threads: None for one per physical core. prepack: False keeps weights in the mapped file (slower, less
-    memory). prefill_chunk: prompt tokens per decoder call. min_pixels, max_pixels: limits images are resized
+    threads: None for one per physical core. prepack: copy the weights into the layout the kernels
+    like best; else they stay in the mapped file, which loads at once and takes half the memory. prefill_chunk: prompt tokens per decoder call. min_pixels, max_pixels: limits images are resized
     to, in place of the checkpoint's. Raises OneVisionError.
     """
     options = SessionOptions(threads=threads, prepack=prepack)
     return Model(Bundle.open(bundle), options, prefill_chunk, min_pixels, max_pixels)
 
 
-def _processor(bundle: Bundle) -> ImageProcessor:
+def image_processor(bundle: Bundle) -> ImageProcessor:
     """The published processor, with the patch and merge sizes of the model itself."""
     path, vision = bundle.directory / "preprocessor_config.json", bundle.manifest.model.vision
     processor = ImageProcessor.from_config(read_json(path)) if path.is_file() else ImageProcessor()
@@ -176,11 +175,7 @@ def _processor(bundle: Bundle) -> ImageProcessor:
 
 
 def _tokenizer(bundle: Bundle) -> Tokenizer | None:
-    return (
-        Tokenizer.from_directory(bundle.directory)
-        if (bundle.directory / "tokenizer.json").is_file()
-        else None
-    )
+    return Tokenizer.from_directory(bundle.directory) if (bundle.directory / "tokenizer.json").is_file() else None
 
 
 def _preprocess(prompt: Prompt, processor: ImageProcessor) -> dict[str, Media]:

@@ -6,13 +6,13 @@ in vLLM.
 
 Microseconds per token on one EPYC core, numpy 2.4, 151,936 logits (normal, sigma 2.5, 20 raised by 12):
 
-    greedy                               13
-    greedy, repetition penalty           60
-    greedy, logprobs=5                  260
-    temperature 0.7                     240
-    temperature 0.7, top_k 50           135
-    temperature 0.7, top_p 0.9          290
-    temperature 0.7, top_k 50, top_p 0.9, min_p 0.05    150
+    greedy                                               14
+    greedy, repetition penalty                           47
+    greedy, logprobs=5                                  240
+    temperature 0.7                                     185
+    temperature 0.7, top_k 50                            95
+    temperature 0.7, top_p 0.9                          245
+    temperature 0.7, top_k 50, top_p 0.9, min_p 0.05    110
 """
 
 from __future__ import annotations
@@ -283,7 +283,7 @@ def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:
 def _wide_nucleus(weights: np.ndarray, goal: float) -> np.ndarray:
     """The same for a nucleus of any size, unordered, sorting only those that share the last one's high bits.
 
-    1,500 us for a nucleus of 100,000 tokens, against 20,000 for sorting them all.
+    Under 3,500 us for a nucleus of 120,000 tokens, against 20,000 for sorting them all.
     """
     keys = weights.view(np.uint32) >> 16  # the bits of floats from 0 up are in the order of their values
     held = np.cumsum(np.bincount(keys, weights)[::-1])

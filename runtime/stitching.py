@@ -15,9 +15,7 @@ class EmbeddingTable:
     def __init__(self, path: Path, spec: TableSpec) -> None:
         dtype = next((f.numpy for f in FLOAT_FORMATS.values() if f.onnx == spec.dtype), None)
         if dtype is None or path.stat().st_size != spec.shape[0] * spec.shape[1] * dtype.itemsize:
-            raise OneVisionError(
-                f"{path}: is not a table of {list(spec.shape)} {spec.dtype}; export the bundle again"
-            )
+            raise OneVisionError(f"{path}: is not a table of {list(spec.shape)} {spec.dtype}; export the bundle again")
         self.values = np.memmap(path, dtype, "r", shape=spec.shape)
 
     def __getitem__(self, ids: np.ndarray) -> np.ndarray:

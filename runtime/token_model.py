@@ -38,8 +38,7 @@ class TokenModel:
         self.eos_token_ids = self.config.eos_token_ids
         self._media_ids = {"image": self.config.image_token_id, "video": self.config.video_token_id}
         self._graphs = {
-            part: Graph(bundle.path(spec.file), spec, options)
-            for part, spec in bundle.manifest.graphs.items()
+            part: Graph(bundle.path(spec.file), spec, options) for part, spec in bundle.manifest.graphs.items()
         }
         table = bundle.manifest.embedding
         self._table = EmbeddingTable(bundle.path(table.file), table) if table else None
@@ -108,11 +107,7 @@ class TokenModel:
             "video": Media(pixel_values_videos, video_grid_thw),
         }
         params = sampling_params({**options, "max_tokens": max_tokens})
-        eos = (
-            self.eos_token_ids
-            if eos_token_id is None
-            else tuple(np.atleast_1d(eos_token_id).astype(int).tolist())
-        )
+        eos = self.eos_token_ids if eos_token_id is None else _end_tokens(eos_token_id)
         prompts = self._embed(ids, media)
         batch = [self._sequence(row, prompt, params, eos) for row, prompt in zip(ids, prompts, strict=True)]
         with self._loop(len(batch), prefill_chunk) as loop:
@@ -124,9 +119,7 @@ class TokenModel:
         """New ids in one array, the end token shown where one was produced."""
         answers = [s.token_ids + ([s.end_token_id] if s.end_token_id is not None else []) for s in batch]
         pad = self.config.pad_token_id
-        out = np.full(
-            (len(answers), max(map(len, answers))), next(iter(eos), 0) if pad is None else pad, np.int64
-        )
+        out = np.full((len(answers), max(map(len, answers))), next(iter(eos), 0) if pad is None else pad, np.int64)
         for row, ids in zip(out, answers, strict=True):
             row[: len(ids)] = ids
         return out
@@ -135,21 +128,18 @@ class TokenModel:
         self, input_ids: np.ndarray, attention_mask: np.ndarray | None
     ) -> tuple[list[np.ndarray], list[tuple[int, int]]]:
         """Each row's own ids, and where they stand in the row."""
-        ids = np.atleast_2d(input_ids)
+        try:
+            ids = np.atleast_2d(input_ids)
+        except ValueError:
+            raise OneVisionError("input_ids must be integers [batch, tokens]: pad its rows to one length") from None
         if ids.ndim != 2 or ids.dtype.kind not in "iu" or not ids.size:
-            raise OneVisionError(
-                f"input_ids must be integers [batch, tokens], not {ids.dtype} {list(ids.shape)}"
-            )
-        mask = (
-            np.ones(ids.shape, bool) if attention_mask is None else np.atleast_2d(attention_mask).astype(bool)
-        )
+            raise OneVisionError(f"input_ids must be integers [batch, tokens], not {ids.dtype} {list(ids.shape)}")
+        mask = np.ones(ids.shape, bool) if attention_mask is None else np.atleast_2d(attention_mask).astype(bool)
         if mask.shape != ids.shape:
             raise OneVisionError(f"attention_mask has shape {list(mask.shape)}, input_ids {list(ids.shape)}")
         check_ids(ids[mask], self.config.text.vocab_size)
         spans = [_span(row, i) for i, row in enumerate(mask)]
-        return [
-            row[left:right].astype(np.int64) for row, (left, right) in zip(ids, spans, strict=True)
-        ], spans
+        return [row[left:right].astype(np.int64) for row, (left, right) in zip(ids, spans, strict=True)], spans
 
     def _embed(self, ids: Sequence[np.ndarray], media: dict[str, Media]) -> list[np.ndarray]:
         """Embeddings of every row, media stitched in: [tokens, D] each, in the graph's format."""
@@ -182,9 +172,7 @@ class TokenModel:
         check_counts(ids, token_id, int(encoder.tokens(grid).sum()), name)
         return encoder(pixels, grid)
 
-    def _sequence(
-        self, ids: np.ndarray, prompt: np.ndarray, params: SamplingParams, eos: Sequence[int]
-    ) -> Running:
+    def _sequence(self, ids: np.ndarray, prompt: np.ndarray, params: SamplingParams, eos: Sequence[int]) -> Running:
         return new_sequence(
             prompt,
             ids,
@@ -242,8 +230,15 @@ def sampling_params(options: dict[str, Any]) -> SamplingParams:
     return SamplingParams(**options)
 
 
+def _end_tokens(ids: int | Sequence[int]) -> tuple[int, ...]:
+    values = np.atleast_1d(ids)
+    if values.size and (values.ndim != 1 or values.dtype.kind not in "iu"):
+        raise OneVisionError(f"eos_token_id is {ids!r}, not an id or a list of ids")
+    return tuple(values.tolist())
+
+
 def _checked_chunk(prefill_chunk: int) -> int:
-    if prefill_chunk < 1:
+    if not isinstance(prefill_chunk, int) or prefill_chunk < 1:
         raise OneVisionError(f"prefill_chunk is {prefill_chunk}; it must be a whole number from 1")
     return prefill_chunk
 

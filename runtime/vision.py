@@ -6,6 +6,7 @@ from ..config import VisionConfig
 from ..errors import OneVisionError
 from .backend import Graph
 from .images import patch_positions
+from .memory import memory_field, vision_attention_bytes
 
 # Attention scores of one call, images * heads * patches^2 values, stay below this (float32: 1 GiB).
 _MAX_SCORES = 1 << 28
@@ -21,9 +22,7 @@ class VisionEncoder:
         """Embeddings each entry of a grid [n, 3] becomes: int64 [n]."""
         return np.prod(grid_thw, axis=1) // self.config.merge_unit
 
-    def check(
-        self, pixel_values: np.ndarray, grid_thw: np.ndarray, name: str
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def check(self, pixel_values: np.ndarray, grid_thw: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Both inputs as arrays of the right dtype, after checking that they belong together."""
         merge = self.config.spatial_merge_size
         grid = np.asarray(grid_thw)
@@ -32,16 +31,20 @@ class VisionEncoder:
                 f"{name}_grid_thw must be positive integers [n, 3], not {grid.dtype} {list(grid.shape)}"
             )
         if (grid[:, 1:] % merge).any():
-            raise OneVisionError(
-                f"{name}_grid_thw heights and widths must be multiples of {merge}: {grid.tolist()}"
-            )
+            raise OneVisionError(f"{name}_grid_thw heights and widths must be multiples of {merge}: {grid.tolist()}")
         pixels = np.asarray(pixel_values)
+        if pixels.dtype.kind != "f":
+            raise OneVisionError(
+                f"{name} pixel values are {pixels.dtype}: give floating-point rows, as preprocess_images makes them"
+            )
         patches = int(np.prod(grid, axis=1).sum())
         if pixels.ndim != 2 or pixels.shape != (patches, self.config.patch_dim):
             raise OneVisionError(
                 f"{name} pixel values have shape {list(pixels.shape)}; the grid {grid.tolist()} asks for "
                 f"[{patches}, {self.config.patch_dim}]"
             )
+        if not np.isfinite(pixels).all():
+            raise OneVisionError(f"{name} pixel values hold NaN or infinity")
         return pixels.astype(self.graph.fmt.numpy, copy=False), grid.astype(np.int64)
 
     def __call__(self, pixel_values: np.ndarray, grid_thw: np.ndarray) -> np.ndarray:
@@ -49,8 +52,9 @@ class VisionEncoder:
 
         pixel_values: [patches, patch_dim]; grid_thw: [n, 3]. Segments of one size share calls.
         """
+        self._check_memory(int((grid_thw[:, 1] * grid_thw[:, 2]).max()))
         segments = [(int(h), int(w)) for t, h, w in grid_thw for _ in range(t)]
-        sizes = np.array([h * w for h, w in segments])
+        sizes = np.array([h * w for h, w in segments], np.int64)
         starts = np.concatenate([[0], np.cumsum(sizes)])
         merge_unit = self.config.merge_unit
         embeds = np.empty((starts[-1] // merge_unit, self.config.text_hidden_size), self.graph.fmt.numpy)
@@ -61,6 +65,18 @@ class VisionEncoder:
                 for i, rows in zip(batch, self._encode(pixels, size), strict=True):
                     embeds[starts[i] // merge_unit : starts[i + 1] // merge_unit] = rows
         return embeds
+
+    def _check_memory(self, patches: int) -> None:
+        """Refuse an image whose attention scores would not fit this machine's memory, before trying."""
+        available = memory_field("MemAvailable")
+        needed = vision_attention_bytes(self.config, patches)
+        if available is not None and needed > available:
+            side = (available / vision_attention_bytes(self.config, 0)) ** 0.5
+            pixels = int(0.9 * side) * self.config.patch_size**2
+            raise OneVisionError(
+                f"an image of {patches} patches needs {needed / 1e9:.1f} GB for its attention, {available / 1e9:.1f} GB "
+                f"are free: pass max_pixels={pixels} (--max-pixels {pixels}) or less"
+            )
 
     def _encode(self, pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         positions = patch_positions(*size, self.config.spatial_merge_size)

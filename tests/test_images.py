@@ -12,14 +12,17 @@ from pathlib import Path
 from urllib.parse import quote_from_bytes
 
 import numpy as np
+import PIL
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image, ImageOps, PngImagePlugin
+
 from onevision_edge.errors import OneVisionError
 from onevision_edge.runtime.image_reading import MAX_DECODED_PIXELS
 from onevision_edge.runtime.images import ImageProcessor, load_image, patch_positions, preprocess_images
-from PIL import Image, ImageOps, PngImagePlugin
 
+PILLOW = int(PIL.__version__.partition(".")[0])
 DATA = Path(__file__).parent / "data"
 PROCESSOR_CASES = sorted(path.stem for path in (DATA / "processor").glob("*.npz"))
 GOLDEN_CASES = [
@@ -84,7 +87,12 @@ def test_bit_exact_with_the_pil_processor(case):
     assert values.dtype == np.float32
     assert grid.dtype == np.int64
     np.testing.assert_array_equal(grid, stored["image_grid_thw"])
-    np.testing.assert_array_equal(values, decoded(stored["slow__u8"], stored["slow_lut"]))
+    expected = decoded(stored["slow__u8"], stored["slow_lut"])
+    if case.startswith("p4_") and PILLOW < 13:
+        # Since 13, Pillow resizes vertically first where the height shrinks much more than the width.
+        assert np.abs(values - expected).max() < 1.01 / 255 / 0.26
+    else:
+        np.testing.assert_array_equal(values, expected)
 
 
 @pytest.mark.parametrize("case", GOLDEN_CASES)

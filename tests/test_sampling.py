@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+
 from onevision_edge.errors import OneVisionError
 from onevision_edge.runtime import sampling
 from onevision_edge.runtime.sampling import Sampled, Sampler, SamplingParams

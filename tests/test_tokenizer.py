@@ -4,18 +4,14 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from onevision_edge.errors import OneVisionError
-from onevision_edge.runtime.tokenizer import StreamDecoder, Tokenizer
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-SPECIAL = (
-    "<|endoftext|>",
-    "<|im_start|>",
-    "<|im_end|>",
-    "<|vision_start|>",
-    "<|vision_end|>",
-    "<|image_pad|>",
-)
+from onevision_edge.errors import OneVisionError
+from onevision_edge.runtime.tokenizer import StreamDecoder, Tokenizer
+
+SPECIAL = [
+    f"<|{name}|>" for name in ["endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad"]
+]
 TEXT = "the quick brown fox says: hello hello 你好 你好, the end of the story, naïve café 👩‍🚀"
 
 
@@ -124,16 +120,8 @@ def test_chat_template_by_precedence(folder):
 
 
 def test_added_tokens_from_the_files_beside(folder):
-    write(
-        folder,
-        "tokenizer_config.json",
-        {
-            "added_tokens_decoder": {
-                "308": {"content": "<|b|>", "special": True},
-                "300": {"content": SPECIAL[0]},
-            }
-        },
-    )
+    listed = {"308": {"content": "<|b|>", "special": True}, "300": {"content": "<|endoftext|>"}}
+    write(folder, "tokenizer_config.json", {"added_tokens_decoder": listed})
     write(folder, "added_tokens.json", {"<|a|>": 307, "<|b|>": 308})
     tokenizer = Tokenizer.from_directory(folder)
     assert tokenizer.encode("<|a|><|b|>") == [307, 308]
@@ -187,17 +175,19 @@ def test_an_added_token_the_library_would_renumber_is_an_error(folder):
 # --- streaming ------------------------------------------------------------------------------------------
 
 
-def byte_ids(data):
-    """One token per byte: what a byte-level model may say, UTF-8 or not."""
-    letters = {b: c for c in pre_tokenizers.ByteLevel.alphabet() for b in [_byte_of(c)]}
-    return [BACKEND.token_to_id(letters[b]) for b in data]
-
-
 def _byte_of(letter):
     # Printable Latin-1 stands for itself, the other bytes follow from U+0100 on, in order.
     own = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [b for b in range(256) if b not in own]
     return ord(letter) if ord(letter) < 256 else others[ord(letter) - 256]
+
+
+BYTE_IDS = {_byte_of(c): BACKEND.token_to_id(c) for c in pre_tokenizers.ByteLevel.alphabet()}
+
+
+def byte_ids(data):
+    """One token per byte: what a byte-level model may say, UTF-8 or not."""
+    return [BYTE_IDS[b] for b in data]
 
 
 def stream(tokenizer, ids, stop=(), **options):
@@ -216,7 +206,7 @@ def test_a_character_of_several_tokens_comes_whole(tokenizer):
 def test_invalid_bytes_are_replaced_once_nothing_can_complete_them(tokenizer):
     # a truncated 3-byte character, then text; a stray continuation byte; a truncated character at the end
     pieces, _ = stream(tokenizer, byte_ids(b"\xe2\x82a\x80b\xf0\x9f"))
-    assert pieces == ["", "", "�a", "", "�b", "", "", "�"]
+    assert pieces == ["", "", "\ufffda", "", "\ufffdb", "", "", "\ufffd"]
 
 
 def test_special_tokens_are_skipped_even_inside_a_character(tokenizer):
@@ -267,24 +257,21 @@ def cut(text, stop):
 
 
 BYTES = st.sampled_from([0x20, 0x61, 0x62, 0x63, 0x80, 0x82, 0x9F, 0xAC, 0xC3, 0xE2, 0xED, 0xF0, 0xFF])
-IDS = st.one_of(BYTES.map(lambda b: byte_ids([b])[0]), st.integers(0, 310))
+IDS = st.one_of(BYTES.map(BYTE_IDS.__getitem__), st.integers(0, 310))
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.lists(IDS, max_size=70), st.lists(st.text("abc �", min_size=1, max_size=5), max_size=3))
+@given(st.lists(IDS, max_size=70), st.lists(st.text("abc \ufffd", min_size=1, max_size=5), max_size=3))
 def test_pieces_join_to_the_text_up_to_the_stop_string(tokenizer, ids, stop):
     decoder, shown = StreamDecoder(tokenizer, stop), ""
-    final = cut(tokenizer.decode(ids), stop)
-    longest = max((len(s) for s in stop), default=1)
     for n, i in enumerate(ids, 1):
         shown += decoder.push(i)
-        assert final.startswith(shown)
-        now = cut(tokenizer.decode(ids[:n]), stop)
-        assert len(shown) >= len(now) - longest  # one character that waits, and a stop string less one
+        certain = tokenizer.decode(ids[:n]).removesuffix("\ufffd")
         if not decoder.stopped:
-            assert not any(shown.endswith(s[:k]) for s in stop for k in range(1, len(s)))
+            claimed = [k for s in stop for k in range(1, len(s)) if certain.endswith(s[:k])]
+            assert shown == certain[: len(certain) - max(claimed, default=0)]
     shown += decoder.finish()
-    assert shown == final == decoder.text
+    assert shown == decoder.text == cut(tokenizer.decode(ids), stop)
 
 
 @settings(max_examples=200, deadline=None)

@@ -4,16 +4,19 @@ import struct
 import sys
 import wave
 from fractions import Fraction
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
+
 from onevision_edge.errors import OneVisionError
 from onevision_edge.runtime import video as video_module
 from onevision_edge.runtime.images import ImageProcessor
 from onevision_edge.runtime.video import load_video, sample_indices
-from PIL import Image
 
 WIDTH, HEIGHT, LENGTH = 96, 64, 40
 
@@ -25,18 +28,19 @@ def grey(index, total=LENGTH):
 
 def encoded(format="mp4", codec="mpeg4", frames=LENGTH, rate=10, container_options=None, **options):
     av = pytest.importorskip("av")
-    file = io.BytesIO()
-    with av.open(file, "w", format=format, options=container_options or {}) as container:
-        stream = container.add_stream(
-            codec, rate=rate, options={key: str(value) for key, value in options.items()}
-        )
-        stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
-        for index in range(frames):
-            picture = np.full((HEIGHT, WIDTH, 3), grey(index, frames), np.uint8)
-            picture[:16, :16] = (255, 0, 0)  # top left
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream.encode())
-    return file.getvalue()
+    with TemporaryDirectory() as folder:
+        path = Path(folder) / "video"  # a file, because faststart reads back what it wrote
+        with av.open(str(path), "w", format=format, options=container_options or {}) as container:
+            stream = container.add_stream(codec, rate=rate)
+            stream.bit_rate = 8_000_000
+            stream.options = {name: str(value) for name, value in options.items()}
+            stream.width, stream.height, stream.pix_fmt = WIDTH, HEIGHT, "yuv420p"
+            for index in range(frames):
+                picture = np.full((HEIGHT, WIDTH, 3), grey(index, frames), np.uint8)
+                picture[:16, :16] = (255, 0, 0)  # top left
+                container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+            container.mux(stream.encode())
+        return path.read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -141,7 +145,7 @@ def test_sampling_refused(total, options, words):
         ("matroska", "libx264", {}),
         ("webm", "libvpx", {"auto-alt-ref": 1, "lag-in-frames": 16}),
         ("mpegts", "mpeg2video", {}),
-        ("avi", "mjpeg", {}),
+        ("avi", "mpeg4", {"bf": 2}),
     ],
 )
 def test_containers_give_the_frames_asked_for(format, codec, options):
@@ -180,6 +184,8 @@ def test_a_file_that_does_not_say_its_length():
     ],
 )
 def test_the_display_matrix_is_applied(mp4, matrix, corner):
+    if not hasattr(pytest.importorskip("av").VideoFrame, "rotation"):
+        pytest.skip("this PyAV does not tell the rotation of a frame; 14.2 does")
     a, b, c, d = (number * 65_536 for number in matrix)
     turned = bytearray(mp4)
     at = mp4.index(b"tkhd") + 44  # ISO/IEC 14496-12, track header of version 0
@@ -210,24 +216,17 @@ def test_only_the_chosen_frames_are_converted(mp4, monkeypatch):
 # ---------------------------------------------------------------- hostile files
 
 
-@pytest.mark.parametrize("part", [0.2, 0.5, 0.8])
+@pytest.mark.parametrize("part", [0.2, 0.5, 0.7])
 @pytest.mark.parametrize(
     ("format", "movflags"), [("mp4", ""), ("mp4", "faststart"), ("matroska", ""), ("avi", "")]
 )
 def test_truncated_files(format, movflags, part, tmp_path):
     data = encoded(format, container_options={"movflags": movflags} if movflags else None, g=5)
-    if movflags:
-        data = with_index_first(data)
+    assert movflags == "" or data.index(b"moov") < data.index(b"mdat")
     path = tmp_path / "cut.mp4"
     path.write_bytes(data[: int(len(data) * part)])
     with pytest.raises(OneVisionError, match=r"^video .*cut\.mp4: "):
         load_video(path, frames=4)
-
-
-def with_index_first(data):
-    """Remux to a file, where the mp4 writer can put its index in front of the pictures."""
-    assert data.index(b"moov") < data.index(b"mdat")
-    return data
 
 
 def test_damaged_bytes_give_frames_or_the_one_error(mp4):

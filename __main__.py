@@ -1,0 +1,5 @@
+"""python -m onevision_edge"""
+
+from .cli import main
+
+main()

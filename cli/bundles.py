@@ -1,0 +1,102 @@
+"""onevision-edge inspect and verify"""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .console import print_json, progress, size, table
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option(
+    "--length", type=click.IntRange(1), help="Tokens to plan memory for; the bundle's max_length if not given."
+)
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Sequences to plan memory for.")
+@click.option(
+    "--image-size", metavar="WxH", help="Image to plan memory for; the largest the bundle takes if not given."
+)
+@click.option("--json", "as_json", is_flag=True)
+def inspect(bundle: Path, length: int | None, batch: int, image_size: str | None, as_json: bool) -> None:
+    """Show what a bundle holds: model, graphs and their contracts, files, memory it will take."""
+    from ..bundle import Bundle
+    from ..runtime.memory import memory_plan
+
+    opened = Bundle.open(bundle)
+    manifest = opened.manifest
+    length = min(length or manifest.max_length, manifest.max_length)
+    plan = memory_plan(manifest, length, batch, _pixels(opened, image_size))
+    if as_json:
+        items = [{"name": item.name, "bytes": item.bytes, "note": item.note} for item in plan]
+        print_json({**manifest.to_dict(), "memory_plan": {"length": length, "batch": batch, "items": items}})
+        return
+    click.echo(_model_text(manifest))
+    for name, graph in manifest.graphs.items():
+        click.echo(f"\n{name}: {graph.file}, {graph.dtype}\n{_contract(graph)}")
+    click.echo("\nFiles\n" + table([(n, size(f.size), f.sha256[:12]) for n, f in manifest.files.items()]))
+    rows = [(item.name, size(item.bytes), item.note) for item in plan]
+    total = ("total", size(sum(item.bytes for item in plan)), "")
+    click.echo(f"\nMemory for {batch} x {length} tokens\n" + table([*rows, total]))
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True)
+def verify(bundle: Path, as_json: bool) -> None:
+    """Check every file of a bundle against the sha256 in its manifest, offline."""
+    from ..bundle import Bundle
+
+    opened = Bundle.open(bundle)
+    with progress("verify") as report:
+        opened.verify(report)
+    files = opened.manifest.files
+    if as_json:
+        print_json({"verified": True, "files": len(files), "bytes": sum(f.size for f in files.values())})
+    else:
+        click.echo(f"{bundle}: {len(files)} files, {size(sum(f.size for f in files.values()))}, all as written")
+
+
+def _pixels(opened: Any, image_size: str | None) -> int:
+    if image_size is None:
+        from ..runtime.model import image_processor
+
+        return image_processor(opened).max_pixels
+    width, _, height = image_size.partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise click.BadParameter(f"{image_size!r} is not WIDTHxHEIGHT, such as 1036x728", param_hint="--image-size")
+    return int(width) * int(height)
+
+
+def _model_text(manifest: Any) -> str:
+    v, t = manifest.model.vision, manifest.model.text
+    rows = [
+        (
+            "vision",
+            f"{v.depth} blocks of {v.hidden_size}, {v.num_heads} heads, patch {v.patch_size}, merge {v.spatial_merge_size}",
+        ),
+        (
+            "decoder",
+            f"{t.num_hidden_layers} layers of {t.hidden_size}, {t.num_attention_heads} / {t.num_key_value_heads} heads "
+            f"of {t.head_dim}, vocabulary {t.vocab_size}",
+        ),
+        ("max length", f"{manifest.max_length} tokens"),
+        (
+            "checkpoint",
+            f"{manifest.provenance.get('checkpoint')} ({str(manifest.provenance.get('weights_sha256'))[:12]})",
+        ),
+    ]
+    return table(rows)
+
+
+def _contract(graph: Any) -> str:
+    rows = [("in", t) for t in graph.inputs] + [("out", t) for t in graph.outputs]
+    shown = [(way, t) for way, t in rows if "." not in t.name or t.name.endswith(".0")]
+    cells = [(way, t.name, t.dtype, _shape(t.shape), t.meaning) for way, t in shown]
+    hidden = len(rows) - len(shown)
+    more = f"\n(and {hidden} more of the same for the other layers)" if hidden else ""
+    return table(cells) + more
+
+
+def _shape(shape: tuple[int | str, ...]) -> str:
+    return "[" + ", ".join(map(str, shape)) + "]"

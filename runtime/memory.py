@@ -1,0 +1,68 @@
+"""What a bundle needs in memory on ONNX Runtime's CPU provider, from its manifest alone."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..bundle import Manifest
+from ..config import VisionConfig
+from ..precision import float_format
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryItem:
+    """One part of the plan, in bytes."""
+
+    name: str
+    bytes: int
+    note: str
+
+
+def memory_plan(manifest: Manifest, length: int, batch: int = 1, pixels: int = 0, chunk: int = 512) -> list[MemoryItem]:
+    """Bytes of each part for `batch` sequences of `length` tokens and one image of `pixels` pixels.
+
+    Weights count as the file maps them; kernels that repack them, or widen FP16, hold a copy besides.
+    """
+    items = []
+    for part, spec in manifest.graphs.items():
+        weights = manifest.files[f"{spec.file}.data"].size
+        items.append(MemoryItem(f"{part} weights", weights, f"{spec.dtype}, mapped from {spec.file}.data"))
+    if "decoder" in manifest.graphs:
+        items += _decoder_items(manifest, length, batch, chunk)
+    if "vision" in manifest.graphs and pixels:
+        items.append(_vision_scores(manifest, pixels))
+    return items
+
+
+def _decoder_items(manifest: Manifest, length: int, batch: int, chunk: int) -> list[MemoryItem]:
+    text = manifest.model.text
+    itemsize = float_format(manifest.graphs["decoder"].dtype).itemsize
+    per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * itemsize
+    tokens = min(chunk, length)
+    scores = text.num_attention_heads * tokens * length * 4
+    logits = batch * text.vocab_size * 4
+    return [
+        MemoryItem("KV cache", batch * length * per_token, f"{batch} x {length} tokens of {per_token} bytes"),
+        MemoryItem("prefill attention", scores, f"scores of a chunk of {tokens} tokens, one layer"),
+        MemoryItem("logits", logits, f"{batch} x {text.vocab_size} float32"),
+    ]
+
+
+def _vision_scores(manifest: Manifest, pixels: int) -> MemoryItem:
+    vision = manifest.model.vision
+    patches = pixels // vision.patch_size**2
+    note = f"scores of one image of {patches} patches, one block"
+    return MemoryItem("vision attention", vision_attention_bytes(vision, patches), note)
+
+
+def vision_attention_bytes(config: VisionConfig, patches: int) -> int:
+    """Attention scores of one image in one block, float32, and their softmax beside them."""
+    return 2 * config.num_heads * (patches + 1) ** 2 * 4
+
+
+def memory_field(name: str) -> int | None:
+    """MemTotal, MemAvailable or another field of /proc/meminfo in bytes; None where there is no such file."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":")), None)
