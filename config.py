@@ -259,11 +259,11 @@ def _vision_config(s: _Section, text_hidden_size: int) -> VisionConfig:
     )
     if config.text_hidden_size != text_hidden_size:
         raise OneVisionError(
-            f"{s.name('text_hidden_size')} is {config.text_hidden_size} but text_config.hidden_size is {text_hidden_size}"
+            f"{s.name('text_hidden_size')} is {config.text_hidden_size}, text_config.hidden_size {text_hidden_size}"
         )
     if hidden % config.num_heads or config.head_dim % 4:
         raise OneVisionError(
-            f"{s.name('num_heads')} is {config.num_heads}: hidden_size {hidden} must split into heads of a multiple of 4"
+            f"{s.name('num_heads')} is {config.num_heads}: heads of hidden_size {hidden} must be a multiple of 4 wide"
         )
     return config
 

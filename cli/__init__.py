@@ -1,5 +1,6 @@
 """The onevision-edge command. Each verb is a file; heavy packages are imported when a verb runs."""
 
+import errno
 from typing import Any
 
 import click
@@ -21,6 +22,10 @@ class _Group(click.Group):
             return super().invoke(ctx)
         except OneVisionError as error:
             raise click.ClickException(str(error)) from error
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # the reader of our output left; click ends quietly
+                raise
+            raise click.ClickException(f"{error.filename or 'input/output'}: {error.strerror or error}") from error
         except MemoryError as error:
             raise click.ClickException("out of memory: use a smaller model, length, batch or image") from error
 

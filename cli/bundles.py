@@ -69,22 +69,14 @@ def _pixels(opened: Any, image_size: str | None) -> int:
 
 
 def _model_text(manifest: Any) -> str:
-    v, t = manifest.model.vision, manifest.model.text
+    v, t, origin = manifest.model.vision, manifest.model.text, manifest.provenance
+    vision = f"{v.depth} blocks of {v.hidden_size}, {v.num_heads} heads, patch {v.patch_size}"
+    heads = f"{t.num_attention_heads} / {t.num_key_value_heads} heads of {t.head_dim}"
     rows = [
-        (
-            "vision",
-            f"{v.depth} blocks of {v.hidden_size}, {v.num_heads} heads, patch {v.patch_size}, merge {v.spatial_merge_size}",
-        ),
-        (
-            "decoder",
-            f"{t.num_hidden_layers} layers of {t.hidden_size}, {t.num_attention_heads} / {t.num_key_value_heads} heads "
-            f"of {t.head_dim}, vocabulary {t.vocab_size}",
-        ),
+        ("vision", f"{vision}, merge {v.spatial_merge_size}"),
+        ("decoder", f"{t.num_hidden_layers} layers of {t.hidden_size}, {heads}, vocabulary {t.vocab_size}"),
         ("max length", f"{manifest.max_length} tokens"),
-        (
-            "checkpoint",
-            f"{manifest.provenance.get('checkpoint')} ({str(manifest.provenance.get('weights_sha256'))[:12]})",
-        ),
+        ("checkpoint", f"{origin.get('checkpoint')} ({str(origin.get('weights_sha256'))[:12]})"),
     ]
     return table(rows)
 

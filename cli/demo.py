@@ -36,27 +36,22 @@ def demo(output: Path, dtype: str, as_json: bool) -> None:
     results = []
     for question in json.loads((images / "questions.json").read_text(encoding="utf-8")):
         answer = model.generate(_messages(images, question), max_tokens=64)
-        results.append(
-            {**question, "answer": answer.text, "expected": question["answer"], **_timing(answer_json(model, answer))}
-        )
+        facts = answer_json(model, answer)
+        result = {**question, "answer": answer.text, "expected": question["answer"]}
+        results.append({**result, "usage": facts["usage"], "timings": facts["timings"]})
         if not as_json:
             _show(images, question, results[-1])
     right = sum(r["answer"] == r["expected"] for r in results)
     if as_json:
         print_json({"bundle": str(output), "right": right, "questions": results})
     say(f"{right} of {len(results)} answers right, {perf_counter() - started:.1f} s in all")
-    say(
-        f'Your turn:  onevision-edge run {output} --image {images / results[0]["images"][0]} --prompt "How many digits are there?"'
-    )
+    first = images / results[0]["images"][0]
+    say(f'Your turn:  onevision-edge run {output} --image {first} --prompt "How many digits are there?"')
 
 
 def _messages(images: Path, question: dict[str, Any]) -> list[dict[str, Any]]:
     content = [{"type": "image", "image": str(images / name)} for name in question["images"]]
     return [{"role": "user", "content": [*content, {"type": "text", "text": question["prompt"]}]}]
-
-
-def _timing(answer: dict[str, Any]) -> dict[str, Any]:
-    return {"usage": answer["usage"], "timings": answer["timings"]}
 
 
 def _show(images: Path, question: dict[str, Any], result: dict[str, Any]) -> None:

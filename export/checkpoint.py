@@ -9,6 +9,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -92,8 +93,7 @@ class Checkpoint:
         stored = self.tensors[name]
         values = np.empty(stored.shape, DTYPES[stored.dtype])
         flat = values.reshape(-1).view(np.uint8)
-        with open(stored.path, "rb", buffering=0) as file:
-            file.seek(stored.offset)
+        with _opened(stored) as file:
             _read_exactly(file, flat, stored.path, name)
         return values
 
@@ -102,8 +102,7 @@ class Checkpoint:
         stored = self.tensors[name]
         count, *rest = stored.shape
         block = np.empty((min(rows, count), *rest), DTYPES[stored.dtype])
-        with open(stored.path, "rb", buffering=0) as file:
-            file.seek(stored.offset)
+        with _opened(stored) as file:
             for start in range(0, count, rows):
                 part = block[: min(rows, count - start)]
                 _read_exactly(file, part.reshape(-1).view(np.uint8), stored.path, name)
@@ -113,7 +112,7 @@ class Checkpoint:
 def locate(source: str | os.PathLike[str]) -> Path:
     """The local directory of a checkpoint named by path, hub id, or "demo"."""
     path = Path(source)
-    if str(source) == "demo":  # whatever the working directory holds; ./demo is the way to say that one
+    if source == "demo":  # whatever the working directory holds; ./demo is the way to say that one
         return Path(__file__).resolve().parent.parent / "demo" / "checkpoint"
     if path.is_dir():
         return path
@@ -269,6 +268,17 @@ def _check_coverage(path: Path, tensors: Mapping[str, StoredTensor], start: int,
         position += tensor.size
     if position != file_size:
         raise OneVisionError(f"{path}: {file_size - position} bytes after the last tensor belong to none")
+
+
+@contextmanager
+def _opened(stored: StoredTensor) -> Iterator[Any]:
+    """The tensor's file, at its first byte; what goes wrong with it is said of it."""
+    try:
+        with open(stored.path, "rb", buffering=0) as file:
+            file.seek(stored.offset)
+            yield file
+    except OSError as error:
+        raise OneVisionError(f"{stored.path} cannot be read: {error.strerror}") from error
 
 
 def _read_exactly(file: Any, buffer: np.ndarray, path: Path, name: str) -> None:

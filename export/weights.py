@@ -149,10 +149,8 @@ def convert(values: np.ndarray, fmt: FloatFormat, name: str) -> np.ndarray:
     if not _all_finite(result, fmt):
         if np.isfinite(values.astype(np.float32)).all():
             largest = float(np.abs(values.astype(np.float32)).max())
-            wider = "bf16 or fp32" if fmt is FP16 else "fp32"
-            raise OneVisionError(
-                f"tensor {name} reaches {largest:.4g}, beyond {fmt.name}'s {fmt.largest:.5g}: export with --dtype {wider}"
-            )
+            wider, limit = "bf16 or fp32" if fmt is FP16 else "fp32", f"{fmt.name}'s {fmt.largest:.5g}"
+            raise OneVisionError(f"tensor {name} reaches {largest:.4g}, beyond {limit}: export with --dtype {wider}")
         raise OneVisionError(f"tensor {name} holds NaN or infinity: the checkpoint is damaged")
     return result
 

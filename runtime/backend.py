@@ -80,7 +80,7 @@ class Graph:
             ("inputs", self.spec.inputs, self.session.get_inputs()),
             ("outputs", self.spec.outputs, self.session.get_outputs()),
         ):
-            if [t.name for t in declared] != [t.name for t in found]:
+            if [_signature(t) for t in declared] != [_signature(t) for t in found]:
                 raise OneVisionError(f"{path}: its {what} are not those the manifest names; export it again")
 
 
@@ -119,6 +119,11 @@ class Binding:
             self.graph.session.run_with_iobinding(self._binding, self._run_options)
         except Exception as error:
             raise OneVisionError(f"{self.graph.spec.file}: {_first_line(error)}") from error
+
+
+def _signature(tensor: Any) -> tuple[str, list[int | None]]:
+    """Name and fixed dimensions of a declared or loaded tensor."""
+    return tensor.name, [size if isinstance(size, int) else None for size in tensor.shape]
 
 
 def _first_line(error: BaseException) -> str:

@@ -159,9 +159,10 @@ def load(
 ) -> Model:
     """Load a bundle to run on ONNX Runtime's CPU provider.
 
-    threads: None for one per physical core. prepack: copy the weights into the layout the kernels
-    like best; else they stay in the mapped file, which loads at once and takes half the memory. prefill_chunk: prompt tokens per decoder call. min_pixels, max_pixels: limits images are resized
-    to, in place of the checkpoint's. Raises OneVisionError.
+    threads: None for one per physical core. prepack: copy the weights into the layout the kernels like best;
+    else they stay in the mapped file, which loads at once and takes half the memory. prefill_chunk: prompt
+    tokens per decoder call. min_pixels, max_pixels: limits images are resized to, in place of the
+    checkpoint's. Raises OneVisionError.
     """
     options = SessionOptions(threads=threads, prepack=prepack)
     return Model(Bundle.open(bundle), options, prefill_chunk, min_pixels, max_pixels)

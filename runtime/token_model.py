@@ -29,7 +29,7 @@ class Media:
 
 
 class TokenModel:
-    """The graphs of a bundle, its embedding table and a KV cache. One call runs at a time; others wait."""
+    """The graphs of a bundle, its embedding table and a KV cache for every call that is under way."""
 
     def __init__(self, bundle: Bundle, options: SessionOptions, prefill_chunk: int) -> None:
         self.bundle, self.config = bundle, bundle.manifest.model
@@ -40,10 +40,11 @@ class TokenModel:
         self._graphs = {
             part: Graph(bundle.path(spec.file), spec, options) for part, spec in bundle.manifest.graphs.items()
         }
+        self._check_max_length()
         table = bundle.manifest.embedding
         self._table = EmbeddingTable(bundle.path(table.file), table) if table else None
         self._lock = threading.Lock()
-        self._decoders: list[Decoder] = []
+        self._idle: list[Decoder] = []  # those of the call that ended last, kept for the next of its batch size
 
     def encode_images(self, pixel_values: np.ndarray, image_grid_thw: np.ndarray) -> np.ndarray:
         """Embeddings of images: float32 [tokens, D].
@@ -185,19 +186,31 @@ class TokenModel:
 
     @contextmanager
     def _loop(self, batch: int, chunk: int | None = None) -> Iterator[Loop]:
-        """The loop over a cache of `batch` sequences, which is kept for the next call of that size."""
+        """A loop over a cache of `batch` sequences that nobody else uses meanwhile."""
         chunk = self.prefill_chunk if chunk is None else _checked_chunk(chunk)
         graph = self._decoder_graph()
         assert self._table is not None
         with self._lock:
-            if not self._decoders or self._decoders[0].cache.batch != batch:
-                self._decoders.clear()  # frees the old cache first
-                self._decoders = _decoders(graph, self.config.text.vocab_size, self._new_cache(batch, graph))
-            rows = self._decoders[1:] or self._decoders
-            yield Loop(self._decoders[0], rows, self._table, chunk)
+            decoders, self._idle = self._idle, []
+        if not decoders or decoders[0].cache.batch != batch:
+            decoders.clear()  # frees the old cache before the new one is made
+            cache = KVCache(self.config.text, self.max_length, batch, graph.fmt.numpy)
+            decoders = _decoders(graph, self.config.text.vocab_size, cache)
+        try:
+            yield Loop(decoders[0], decoders[1:] or decoders, self._table, chunk)
+        finally:
+            with self._lock:
+                self._idle = decoders
 
-    def _new_cache(self, batch: int, graph: Graph) -> KVCache:
-        return KVCache(self.config.text, self.max_length, batch, graph.fmt.numpy)
+    def _check_max_length(self) -> None:
+        """The manifest's limit must be the decoder's own, which its contract states."""
+        for part, graph in self._graphs.items():
+            rows = {tensor.shape[2] for tensor in graph.spec.inputs if tensor.name.startswith("past_")}
+            if part == "decoder" and rows != {self.max_length}:
+                raise OneVisionError(
+                    f"{self.bundle.directory}: the manifest says max_length {self.max_length}, the decoder's cache "
+                    f"has {sorted(map(str, rows))} rows; export it again"
+                )
 
     def _check_length(self, tokens: int) -> None:
         if tokens > self.max_length:

@@ -1,5 +1,7 @@
 """Running the vision graph on images of any mix of sizes."""
 
+import math
+
 import numpy as np
 
 from ..config import VisionConfig
@@ -37,7 +39,7 @@ class VisionEncoder:
             raise OneVisionError(
                 f"{name} pixel values are {pixels.dtype}: give floating-point rows, as preprocess_images makes them"
             )
-        patches = int(np.prod(grid, axis=1).sum())
+        patches = sum(math.prod(row) for row in grid.tolist())  # in Python's integers, which do not wrap
         if pixels.ndim != 2 or pixels.shape != (patches, self.config.patch_dim):
             raise OneVisionError(
                 f"{name} pixel values have shape {list(pixels.shape)}; the grid {grid.tolist()} asks for "
@@ -52,7 +54,7 @@ class VisionEncoder:
 
         pixel_values: [patches, patch_dim]; grid_thw: [n, 3]. Segments of one size share calls.
         """
-        self._check_memory(int((grid_thw[:, 1] * grid_thw[:, 2]).max()))
+        self._check_memory(int((grid_thw[:, 1] * grid_thw[:, 2]).max(initial=0)))
         segments = [(int(h), int(w)) for t, h, w in grid_thw for _ in range(t)]
         sizes = np.array([h * w for h, w in segments], np.int64)
         starts = np.concatenate([[0], np.cumsum(sizes)])
@@ -74,8 +76,8 @@ class VisionEncoder:
             side = (available / vision_attention_bytes(self.config, 0)) ** 0.5
             pixels = int(0.9 * side) * self.config.patch_size**2
             raise OneVisionError(
-                f"an image of {patches} patches needs {needed / 1e9:.1f} GB for its attention, {available / 1e9:.1f} GB "
-                f"are free: pass max_pixels={pixels} (--max-pixels {pixels}) or less"
+                f"an image of {patches} patches needs {needed / 1e9:.1f} GB for its attention, and "
+                f"{available / 1e9:.1f} GB are free: pass max_pixels={pixels} (--max-pixels {pixels}) or less"
             )
 
     def _encode(self, pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -475,4 +475,4 @@ def test_demo_is_the_shipped_checkpoint_wherever_one_stands(tmp_path: Path, monk
     (tmp_path / "demo").mkdir()
     monkeypatch.chdir(tmp_path)
     assert locate("demo").parts[-2:] == ("demo", "checkpoint")
-    assert locate("./demo") == Path("demo")
+    assert locate("./demo") == locate(Path("demo")) == Path("demo")

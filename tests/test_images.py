@@ -162,9 +162,7 @@ def nearest_multiple(value, factor):
     return (below + (twice > factor or (twice == factor and below % 2))) * factor
 
 
-@given(
-    height=sides, width=sides, merge=st.integers(1, 3), least=st.integers(1, 400_000), room=st.floats(1, 50)
-)
+@given(height=sides, width=sides, merge=st.integers(1, 3), least=st.integers(1, 400_000), room=st.floats(1, 50))
 def test_resized_properties(height, width, merge, least, room):
     processor = ImageProcessor(merge_size=merge, min_pixels=least, max_pixels=int(least * room))
     factor = processor.factor
@@ -237,13 +235,9 @@ def test_from_config_reads_the_published_file():
 
 
 def test_from_config_limits_from_size():
-    sized = ImageProcessor.from_config(
-        {"size": {"shortest_edge": 784, "longest_edge": 7840}, "max_pixels": None}
-    )
+    sized = ImageProcessor.from_config({"size": {"shortest_edge": 784, "longest_edge": 7840}, "max_pixels": None})
     assert (sized.min_pixels, sized.max_pixels) == (784, 7840)
-    mixed = ImageProcessor.from_config(
-        {"size": {"shortest_edge": 784, "longest_edge": 7}, "max_pixels": 9000}
-    )
+    mixed = ImageProcessor.from_config({"size": {"shortest_edge": 784, "longest_edge": 7}, "max_pixels": 9000})
     assert (mixed.min_pixels, mixed.max_pixels) == (784, 9000)
 
 
@@ -385,9 +379,7 @@ def test_formats(format):
         np.testing.assert_array_equal(levels(data), np.asarray(image))
 
 
-@pytest.mark.parametrize(
-    ("mode", "format"), [("RGBA", "PNG"), ("RGBA", "WEBP"), ("LA", "PNG"), ("RGBA", "TIFF")]
-)
+@pytest.mark.parametrize(("mode", "format"), [("RGBA", "PNG"), ("RGBA", "WEBP"), ("LA", "PNG"), ("RGBA", "TIFF")])
 def test_transparency_lies_on_white(mode, format):
     alpha = Image.fromarray(np.tile(np.arange(60, dtype=np.uint8) * 4, (40, 1)))
     image = scene().convert(mode)
@@ -603,8 +595,6 @@ def test_frames_of_a_video_share_a_size():
 
 
 def test_imports_stay_light():
-    code = (
-        "import sys, onevision_edge.runtime.images; print(sorted({'torch', 'av', 'onnx'} & set(sys.modules)))"
-    )
+    code = "import sys, onevision_edge.runtime.images; print(sorted({'torch', 'av', 'onnx'} & set(sys.modules)))"
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"

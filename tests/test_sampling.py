@@ -309,9 +309,7 @@ def test_another_shape_is_an_error():
 
 
 def test_parameters_are_normalised():
-    params = SamplingParams(
-        temperature=1, top_k=np.int64(3), top_p=np.float32(0.5), stop="END", seed=np.int32(4)
-    )
+    params = SamplingParams(temperature=1, top_k=np.int64(3), top_p=np.float32(0.5), stop="END", seed=np.int32(4))
     assert (params.temperature, params.top_k, params.top_p, params.stop) == (1.0, 3, 0.5, ("END",))
     assert [type(v) for v in (params.temperature, params.top_k, params.top_p, params.seed)] == [
         float,

@@ -1,5 +1,6 @@
 """The token level: padding, batches, media, end tokens, the end of the cache, and what it refuses."""
 
+import shutil
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -10,7 +11,10 @@ import pytest
 
 import onevision_edge
 from onevision_edge.errors import OneVisionError
+from onevision_edge.runtime.generation import Timings
 from onevision_edge.runtime.model import Model
+from onevision_edge.runtime.sampling import SamplingParams
+from onevision_edge.runtime.token_model import Media
 
 IMAGE, VIDEO, EOS, PAD, VOCABULARY, MAX_LENGTH = 505, 506, 501, 499, 512, 256
 Exported = Callable[[str], Path]
@@ -209,6 +213,16 @@ def test_pixels_that_do_not_fit(golden_model: Model, pixels: Any, grid: Any, mes
     assert message in refusal(golden_model.encode_images, pixels, grid)
 
 
+def test_an_image_that_memory_cannot_hold(golden_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The refusal names a size that would do: an image of that many pixels passes."""
+    monkeypatch.setattr("onevision_edge.runtime.vision.memory_field", lambda _: 100_000)
+    message = refusal(golden_model.encode_images, *image(20, 20))
+    assert "an image of 400 patches needs" in message
+    patches = int(message.split("max_pixels=")[1].split()[0]) // 14**2
+    assert 40 < patches < 400
+    assert golden_model.encode_images(*image(2, patches // 4 * 2)).shape == (patches // 4, 64)
+
+
 def test_half_of_an_image_input(golden_model: Model) -> None:
     rows, grid = image(2, 2)
     for media in ({"pixel_values": rows}, {"image_grid_thw": grid}, {"video_grid_thw": grid}):
@@ -332,9 +346,22 @@ def test_calls_leave_no_trace(golden_model: Model) -> None:
 
 def test_the_cache_is_kept_between_calls(golden_model: Model) -> None:
     greedy(golden_model, text(4))
-    kept = golden_model._decoders[0].cache
+    kept = golden_model._idle[0].cache
     greedy(golden_model, text(6))
-    assert golden_model._decoders[0].cache is kept
+    assert golden_model._idle[0].cache is kept
+
+
+def test_a_call_inside_another_has_its_own_cache(golden_model: Model) -> None:
+    """Asking again while an answer is still streaming neither waits for it nor changes it."""
+    ids, other = text(20), text(30, 1)
+    expected = greedy(golden_model, ids)[0]
+    (row,), _ = golden_model._unpadded(ids, None)
+    (prompt,) = golden_model._embed([row], {"image": Media(None, None), "video": Media(None, None)})
+    sequence = golden_model._sequence(row, prompt, SamplingParams(max_tokens=len(expected)), ())
+    with golden_model._loop(1) as loop:
+        for _ in loop.steps([sequence], Timings()):
+            greedy(golden_model, other)
+    np.testing.assert_array_equal(sequence.token_ids, expected)
 
 
 def test_two_threads_at_once(golden_model: Model) -> None:
@@ -395,3 +422,22 @@ def test_bad_load_options(golden_bundle: Exported, options: dict[str, Any], mess
 )
 def test_bad_generation_options(golden_model: Model, options: dict[str, Any], message: str) -> None:
     assert message in refusal(golden_model.generate_ids, text(3), **options)
+
+
+def test_a_grid_whose_product_wraps_is_refused(golden_model: Model) -> None:
+    with pytest.raises(OneVisionError, match="the grid"):
+        golden_model.encode_images(np.zeros((0, 588), np.float32), np.array([[2**62, 2, 2]]))
+
+
+def test_a_manifest_whose_limits_are_not_the_graphs_is_refused_at_load(
+    golden_bundle: Callable[[str], Path], tmp_path: Path
+) -> None:
+    lying = tmp_path / "bundle"
+    shutil.copytree(golden_bundle("fp32"), lying)
+    path = lying / "manifest.json"
+    path.write_text(path.read_text().replace('"max_length": 256', '"max_length": 512'))
+    with pytest.raises(OneVisionError, match=r"manifest says max_length 512, the decoder's cache has .*256"):
+        onevision_edge.load(lying)
+    path.write_text(path.read_text().replace("512", "256").replace("\n      256,", "\n      512,"))
+    with pytest.raises(OneVisionError, match="not those the manifest names"):
+        onevision_edge.load(lying)

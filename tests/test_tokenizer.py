@@ -9,9 +9,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 from onevision_edge.errors import OneVisionError
 from onevision_edge.runtime.tokenizer import StreamDecoder, Tokenizer
 
-SPECIAL = [
-    f"<|{name}|>" for name in ["endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad"]
-]
+SPECIAL = [f"<|{name}|>" for name in ["endoftext", "im_start", "im_end", "vision_start", "vision_end", "image_pad"]]
 TEXT = "the quick brown fox says: hello hello 你好 你好, the end of the story, naïve café 👩‍🚀"
 
 

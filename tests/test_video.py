@@ -217,9 +217,7 @@ def test_only_the_chosen_frames_are_converted(mp4, monkeypatch):
 
 
 @pytest.mark.parametrize("part", [0.2, 0.5, 0.7])
-@pytest.mark.parametrize(
-    ("format", "movflags"), [("mp4", ""), ("mp4", "faststart"), ("matroska", ""), ("avi", "")]
-)
+@pytest.mark.parametrize(("format", "movflags"), [("mp4", ""), ("mp4", "faststart"), ("matroska", ""), ("avi", "")])
 def test_truncated_files(format, movflags, part, tmp_path):
     data = encoded(format, container_options={"movflags": movflags} if movflags else None, g=5)
     assert movflags == "" or data.index(b"moov") < data.index(b"mdat")
