@@ -27,7 +27,7 @@ def demo(output: Path, dtype: str, as_json: bool) -> None:
     from .run import answer_json
 
     started = perf_counter()
-    run_export("demo", output, dtype, max_length=4096, parts=["vision", "decoder"], overwrite=True)
+    run_export("demo", output, dtype, max_length=None, parts=["vision", "decoder"], overwrite=True)
     with progress("verify") as report:
         Bundle.open(output).verify(report)
     say(f"verified against its sha256 sums, {perf_counter() - started:.1f} s so far\n")

@@ -13,12 +13,14 @@ from .console import print_json, progress, say, size
     "-o", "--output", required=True, type=click.Path(path_type=Path), help="Directory of the bundle to write."
 )
 @click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp16", show_default=True)
-@click.option("--max-length", type=click.IntRange(1), default=4096, show_default=True, help="Rows of the KV cache.")
+@click.option(
+    "--max-length", type=click.IntRange(1), help="Rows of the KV cache.  [default: 4096, or the model's limit if less]"
+)
 @click.option("--parts", default="vision,decoder", show_default=True, help="Graphs to export, comma-separated.")
 @click.option("--overwrite", is_flag=True, help="Replace the bundle if it exists.")
 @click.option("--json", "as_json", is_flag=True, help="Print the bundle's manifest.")
 def export(
-    checkpoint: str, output: Path, dtype: str, max_length: int, parts: str, overwrite: bool, as_json: bool
+    checkpoint: str, output: Path, dtype: str, max_length: int | None, parts: str, overwrite: bool, as_json: bool
 ) -> None:
     """Write a checkpoint as a bundle of ONNX graphs.
 
@@ -31,7 +33,7 @@ def run_export(
     checkpoint: str,
     output: Path,
     dtype: str,
-    max_length: int,
+    max_length: int | None,
     parts: list[str],
     overwrite: bool,
     as_json: bool = False,

@@ -54,7 +54,7 @@ def export(
     output: str | os.PathLike[str],
     *,
     dtype: str = "fp16",
-    max_length: int = DEFAULT_MAX_LENGTH,
+    max_length: int | None = None,
     parts: Sequence[str] = PARTS,
     overwrite: bool = False,
     progress: Progress = no_progress,
@@ -62,12 +62,15 @@ def export(
     """Export a checkpoint to a bundle of ONNX graphs.
 
     checkpoint: a local directory, a hub id, or "demo". output: the bundle's directory, which appears
-    complete or not at all. dtype: fp32, fp16 or bf16. max_length: rows of the KV cache. parts: any of
+    complete or not at all. dtype: fp32, fp16 or bf16. max_length: rows of the KV cache, at
+    most the model's max_position_embeddings; None for 4096, or that where it is less. parts: any of
     vision and decoder. progress(done, total, label) is told bytes. Raises OneVisionError.
     """
     fmt = float_format(dtype)
     source = Checkpoint.open(checkpoint)
-    _check_options(source, max_length, parts)
+    limit = source.config.text.max_position_embeddings
+    max_length = min(DEFAULT_MAX_LENGTH, limit) if max_length is None else max_length
+    _check_options(limit, max_length, parts)
     graphs = {part: _build(source, part, fmt, max_length) for part in PARTS if part in parts}
     _check_weights(source, graphs)
     total = _weight_bytes(source, graphs, fmt)
@@ -85,11 +88,10 @@ def export(
     return Bundle.open(output)
 
 
-def _check_options(source: Checkpoint, max_length: int, parts: Sequence[str]) -> None:
+def _check_options(limit: int, max_length: int, parts: Sequence[str]) -> None:
     unknown = [part for part in parts if part not in PARTS]
     if unknown or not parts:
         raise OneVisionError(f"parts {', '.join(parts) or '(none)'}: choose from {', '.join(PARTS)}")
-    limit = source.config.text.max_position_embeddings
     if type(max_length) is not int or not 1 <= max_length <= limit:
         raise OneVisionError(f"max_length {max_length} is outside 1..{limit} (the model's max_position_embeddings)")
 

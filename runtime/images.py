@@ -82,9 +82,13 @@ class ImageProcessor:
         return cls(**settings)
 
     def with_pixels(self, min_pixels: int | None = None, max_pixels: int | None = None) -> "ImageProcessor":
-        """The same processor with other limits; None keeps the present one."""
+        """The same processor with other limits; None keeps the present one, or gives way to the other's new value."""
         least = self.min_pixels if min_pixels is None else min_pixels
         most = self.max_pixels if max_pixels is None else max_pixels
+        if min_pixels is None and _is_number(most, integer=True):
+            least = min(least, max(most, 1))
+        if max_pixels is None and _is_number(least, integer=True):
+            most = max(most, least)
         return replace(self, min_pixels=least, max_pixels=most)
 
     @property

@@ -307,3 +307,8 @@ def test_memory_holds_one_tensor(tiny: Tiny, tmp_path: Path, python_output: Call
     assert (tmp_path / "b" / "decoder.onnx.data").stat().st_size > 300e6
     shutil.rmtree(tmp_path / "b")
     assert 50e6 < peak < 307.2e6 + 200e6  # 464 MB measured: the tensor, and two slabs of its transpose
+
+
+def test_default_length_is_the_models_where_that_is_less(tiny: Callable[..., Any], tmp_path: Path) -> None:
+    made = tiny(text_config__max_position_embeddings=100)
+    assert onevision_edge.export(made.write(tmp_path / "c"), tmp_path / "b").manifest.max_length == 100

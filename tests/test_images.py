@@ -281,8 +281,12 @@ def test_from_config_names_the_wrong_field(config, field):
 def test_with_pixels():
     processor = ImageProcessor().with_pixels(max_pixels=50_000)
     assert (processor.min_pixels, processor.max_pixels) == (3136, 50_000)
+    assert processor.with_pixels(min_pixels=60_000).max_pixels == 60_000
+    assert processor.with_pixels(max_pixels=900).min_pixels == 900
     with pytest.raises(OneVisionError, match="min_pixels 60000 is above max_pixels 50000"):
-        processor.with_pixels(min_pixels=60_000)
+        processor.with_pixels(min_pixels=60_000, max_pixels=50_000)
+    with pytest.raises(OneVisionError, match="max_pixels must be a positive"):
+        processor.with_pixels(max_pixels="many")
     with pytest.raises(OneVisionError, match="max_pixels must be a positive"):
         processor.with_pixels(max_pixels=-1)
 
