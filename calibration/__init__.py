@@ -1,1 +1,1 @@
-
+"""Calibration and quantisation: formats, statistics, algorithms."""

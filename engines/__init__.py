@@ -1,1 +1,1 @@
-
+"""Building engines from a bundle."""
