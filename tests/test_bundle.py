@@ -147,7 +147,9 @@ def test_a_manifest_that_lies_about_the_graphs(bundle: Path, lie: Callable[[dict
 
 def test_a_manifest_that_lies_about_the_length(bundle: Path) -> None:
     rewrite_manifest(bundle, lambda m: m["limits"].update(max_length=300))
-    assert "the manifest says max_length 300, the decoder's cache has ['256'] rows" in refusal(onevision_edge.load, bundle)
+    assert "the manifest says max_length 300, the decoder's cache has ['256'] rows" in refusal(
+        onevision_edge.load, bundle
+    )
 
 
 @pytest.mark.parametrize(("content", "message"), [("{", "not valid JSON"), ("[]", "holds a JSON list")])
