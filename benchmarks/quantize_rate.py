@@ -16,8 +16,8 @@ import click
 import ml_dtypes
 import numpy as np
 
-from onevision_edge.calibration.formats import FORMATS, Quantized, quantize
 from onevision_edge.precision import FLOAT_FORMATS
+from onevision_edge.precision.formats import FORMATS, Quantized, quantize
 
 SOURCES = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16, "fp32": np.float32}
 

@@ -21,7 +21,10 @@ from onnx.reference import ReferenceEvaluator
 from onnxruntime.capi.onnxruntime_pybind11_state import NotImplemented as NotInRuntime
 from onnxscript import GraphBuilder
 
-from onevision_edge.calibration.codes import (
+from onevision_edge.errors import OneVisionError
+from onevision_edge.export.patterns import ActivationValues, WeightValues, matmul
+from onevision_edge.precision import FLOAT_FORMATS, FP16, FP32, FloatFormat
+from onevision_edge.precision.codes import (
     FP4,
     FP8,
     INT4,
@@ -36,7 +39,7 @@ from onevision_edge.calibration.codes import (
     quantize_linear,
     unpack,
 )
-from onevision_edge.calibration.formats import (
+from onevision_edge.precision.formats import (
     FORMATS,
     FP8_CHANNEL,
     FP8_TENSOR,
@@ -52,10 +55,7 @@ from onevision_edge.calibration.formats import (
     quantize,
     quantize_with,
 )
-from onevision_edge.calibration.patterns import ActivationValues, WeightValues, matmul
-from onevision_edge.calibration.scales import asymmetric, symmetric
-from onevision_edge.errors import OneVisionError
-from onevision_edge.precision import FLOAT_FORMATS, FP16, FP32, FloatFormat
+from onevision_edge.precision.scales import asymmetric, symmetric
 
 ALL = list(FORMATS.values())
 FLOATS = list(FLOAT_FORMATS.values())

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ..errors import OneVisionError
-from ..precision import FP32, FloatFormat
+from . import FP32, FloatFormat
 from .codes import FP4, FP8, INT4, INT8, Codes, array_dtype, dequantize_linear, encode, packed_nbytes
 from .scales import ScaleType, absmax_steps, check_finite, search, tiles
 

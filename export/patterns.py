@@ -15,9 +15,9 @@ tensor scale of NVFP4 is FP32 always, since FP16 has too few digits there (0.1 /
 
 from dataclasses import dataclass
 
-from ..export.layers import Op, Value
 from ..precision import FloatFormat
-from .codes import Codes
+from ..precision.codes import Codes
+from .layers import Op, Value
 
 
 @dataclass(frozen=True, slots=True)

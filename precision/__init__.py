@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .errors import OneVisionError
+from ..errors import OneVisionError
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import OneVisionError
-from ..precision import FP32, FloatFormat
+from . import FP32, FloatFormat
 from .codes import Codes, array_dtype, floats, round_to_codes
 
 _TILE = 1 << 16  # values

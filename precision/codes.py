@@ -10,7 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from ..errors import OneVisionError
-from ..precision import BF16, FloatFormat
+from . import BF16, FloatFormat
 
 
 @dataclass(frozen=True, slots=True)
