@@ -1,6 +1,7 @@
 """LLaVA-OneVision-1.5 on edge devices: export, run, and know what you run.
 
 onevision_edge.export(checkpoint, bundle)        checkpoint to ONNX graphs
+onevision_edge.quantize(checkpoint, bundle, precision="int4")    the same, quantised and measured
 onevision_edge.load(bundle).generate(messages)   questions about images to answers
 onevision_edge.preprocess_images(images)         pixel rows as the vision graph takes them
 """
@@ -12,6 +13,7 @@ from .errors import OneVisionError
 
 if TYPE_CHECKING:
     from .bundle import Bundle
+    from .calibration.quantize import quantize
     from .export import export
     from .runtime.images import preprocess_images
     from .runtime.model import Generation, Model, load
@@ -28,6 +30,7 @@ __all__ = [
     "export",
     "load",
     "preprocess_images",
+    "quantize",
 ]
 
 # Where each public name lives; it is imported when first used, so that importing the package costs nothing.
@@ -38,6 +41,7 @@ _HOMES = {
     "SamplingParams": ".runtime.sampling",
     "load": ".runtime.model",
     "preprocess_images": ".runtime.images",
+    "quantize": ".calibration.quantize",
 }
 
 

@@ -23,7 +23,7 @@ from .errors import OneVisionError
 
 MANIFEST = "manifest.json"
 FORMAT = "onevision-edge bundle"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is being worked on
 
@@ -43,6 +43,26 @@ class TensorSpec:
 
 
 @dataclass(frozen=True, slots=True)
+class PackedWeight:
+    """NVFP4 weights [rows, columns] in a data file: byte offsets of FP4 codes and of FP8 scales, and their scale."""
+
+    name: str
+    shape: tuple[int, int]
+    block: int  # rows that share a scale
+    codes: int
+    scales: int
+    tensor_scale: float
+
+
+@dataclass(frozen=True, slots=True)
+class WideSpec:
+    """A graph's twin for engines without FP4: INT8 where it says FP4, the same data file."""
+
+    file: str
+    weights: tuple[PackedWeight, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class GraphSpec:
     """The contract of one graph file."""
 
@@ -50,6 +70,13 @@ class GraphSpec:
     dtype: str  # fp32, fp16 or bf16: what it computes in
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    weights: Mapping[str, int]  # bytes by what they are stored in: fp32, fp16, bf16, int8, int4, fp8, nvfp4
+    wide: WideSpec | None = None
+
+    @property
+    def quantized(self) -> bool:
+        """Whether any weights are stored in codes."""
+        return set(self.weights) != {self.dtype}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +105,8 @@ class Manifest:
     embedding: TableSpec | None
     max_length: int
     provenance: Mapping[str, Any]
+    quantization: Mapping[str, Any] | None = None  # plan, methods and data of a quantised bundle
+    quality: Mapping[str, Any] | None = None  # its measured distance from full precision; None: not measured
     files: Mapping[str, FileSpec] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
@@ -90,6 +119,8 @@ class Manifest:
             "graphs": {name: asdict(graph) for name, graph in self.graphs.items()},
             "embedding": asdict(self.embedding) if self.embedding else None,
             "provenance": dict(self.provenance),
+            "quantization": dict(self.quantization) if self.quantization else None,
+            "quality": dict(self.quality) if self.quality else None,
             "files": {name: asdict(spec) for name, spec in self.files.items()},
         }
 
@@ -110,6 +141,8 @@ class Manifest:
                 embedding=_table_spec(raw["embedding"]),
                 max_length=int(raw["limits"]["max_length"]),
                 provenance=dict(raw["provenance"]),
+                quantization=dict(raw["quantization"]) if raw["quantization"] else None,
+                quality=dict(raw["quality"]) if raw["quality"] else None,
                 files={name: FileSpec(int(f["size"]), str(f["sha256"])) for name, f in raw["files"].items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -120,7 +153,16 @@ def _graph_spec(raw: Mapping[str, Any]) -> GraphSpec:
     def tensors(key: str) -> tuple[TensorSpec, ...]:
         return tuple(TensorSpec(t["name"], t["dtype"], tuple(t["shape"]), t["meaning"]) for t in raw[key])
 
-    return GraphSpec(raw["file"], raw["dtype"], tensors("inputs"), tensors("outputs"))
+    weights = {str(name): int(count) for name, count in raw["weights"].items()}
+    inputs, outputs = tensors("inputs"), tensors("outputs")
+    return GraphSpec(raw["file"], raw["dtype"], inputs, outputs, weights, _wide_spec(raw["wide"]))
+
+
+def _wide_spec(raw: Mapping[str, Any] | None) -> WideSpec | None:
+    if raw is None:
+        return None
+    weights = (PackedWeight(**{**weight, "shape": tuple(weight["shape"])}) for weight in raw["weights"])
+    return WideSpec(raw["file"], tuple(weights))
 
 
 def _table_spec(raw: Mapping[str, Any] | None) -> TableSpec | None:
@@ -183,6 +225,7 @@ class Bundle:
 
     def _check_files(self) -> None:
         named = [g.file for g in self.manifest.graphs.values()]
+        named += [g.wide.file for g in self.manifest.graphs.values() if g.wide]
         named += [self.manifest.embedding.file] if self.manifest.embedding else []
         for name in named:
             self.path(name)

@@ -17,7 +17,7 @@ import ml_dtypes
 import numpy as np
 
 from onevision_edge.precision import FLOAT_FORMATS
-from onevision_edge.precision.formats import FORMATS, Quantized, quantize
+from onevision_edge.precision.formats import ALL, Quantized, quantize
 
 SOURCES = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16, "fp32": np.float32}
 
@@ -34,7 +34,7 @@ def main(shape: str, source: str, dtype: str, repeat: int) -> None:
     weights = weights.astype(SOURCES[source]).T
     print(f"{shape} {source} for a graph in {dtype}, medians of {repeat}")
     print(f"{'format':<15}{'scales':<9}{'GB/s':>6}{'seconds':>9}{'MB':>6}{'bits/weight':>13}{'dB':>7}")
-    for name, form in FORMATS.items():
+    for form in ALL:
         for scales in ("extremes", "search"):
 
             def run(form=form, search=scales == "search") -> Quantized:
@@ -43,7 +43,7 @@ def main(shape: str, source: str, dtype: str, repeat: int) -> None:
             seconds, (memory, result) = median(_seconds(run) for _ in range(repeat)), _memory(run)
             columns = (weights.nbytes / seconds / 1e9, seconds, memory / 1e6, result.nbytes * 8 / weights.size)
             print(
-                f"{name:<15}{scales:<9}{columns[0]:>6.2f}{columns[1]:>9.2f}{columns[2]:>6.0f}{columns[3]:>13.3f}"
+                f"{form.name:<15}{scales:<9}{columns[0]:>6.2f}{columns[1]:>9.2f}{columns[2]:>6.0f}{columns[3]:>13.3f}"
                 f"{_decibels(weights, result):>7.2f}"
             )
 

@@ -11,6 +11,7 @@ from .bundles import inspect, verify
 from .demo import demo
 from .doctor import doctor
 from .export import export
+from .quantize import quantize
 from .run import chat, run
 
 
@@ -39,5 +40,5 @@ def main() -> None:
     """
 
 
-for command in (demo, export, run, chat, inspect, verify, doctor):
+for command in (demo, export, quantize, run, chat, inspect, verify, doctor):
     main.add_command(command)

@@ -32,6 +32,8 @@ def inspect(bundle: Path, length: int | None, batch: int, image_size: str | None
         print_json({**manifest.to_dict(), "memory_plan": {"length": length, "batch": batch, "items": items}})
         return
     click.echo(_model_text(manifest))
+    if manifest.quantization is not None:
+        click.echo("\n" + _quantization_text(manifest))
     for name, graph in manifest.graphs.items():
         click.echo(f"\n{name}: {graph.file}, {graph.dtype}\n{_contract(graph)}")
     click.echo("\nFiles\n" + table([(n, size(f.size), f.sha256[:12]) for n, f in manifest.files.items()]))
@@ -59,9 +61,9 @@ def verify(bundle: Path, as_json: bool) -> None:
 
 def _pixels(opened: Any, image_size: str | None) -> int:
     if image_size is None:
-        from ..runtime.model import image_processor
+        from ..runtime.prompts import image_processor
 
-        return image_processor(opened).max_pixels
+        return image_processor(opened.directory, opened.manifest.model.vision).max_pixels
     width, _, height = image_size.partition("x")
     if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
         raise click.BadParameter(f"{image_size!r} is not WIDTHxHEIGHT, such as 1036x728", param_hint="--image-size")
@@ -79,6 +81,21 @@ def _model_text(manifest: Any) -> str:
         ("checkpoint", f"{origin.get('checkpoint')} ({str(origin.get('weights_sha256'))[:12]})"),
     ]
     return table(rows)
+
+
+def _quantization_text(manifest: Any) -> str:
+    from .quantize import quality_text
+
+    record = manifest.quantization
+    plan, data = record["plan"], record["calibration"]
+    rules = [(r["graph"], r["modules"], r["precision"], r["reason"]) for r in plan["rules"]]
+    lines = [
+        quality_text(manifest.quality),
+        f"plan {plan['name']}: {plan['dtype']}, KV cache {plan['kv_cache']}; the last rule that matches decides",
+        table(rules),
+        f"calibrated on {data['rows']} rows of the {data['source']} ({data['sha256'][:12]}), seed {record['seed']}",
+    ]
+    return "\n".join(lines)
 
 
 def _contract(graph: Any) -> str:

@@ -46,9 +46,9 @@ def size(count: float) -> str:
 
 
 @contextmanager
-def progress(title: str) -> Iterator[Progress]:
-    """A callback for jobs counted in bytes: a bar on a terminal, a line now and then elsewhere."""
-    report = _bar(title) if sys.stderr.isatty() else _lines(title)
+def progress(title: str, unit: str = "B") -> Iterator[Progress]:
+    """A callback for jobs counted in bytes, or in another unit: a bar on a terminal, a line now and then elsewhere."""
+    report = _bar(title, unit) if sys.stderr.isatty() else _lines(title, unit)
     try:
         yield report
     finally:
@@ -56,7 +56,7 @@ def progress(title: str) -> Iterator[Progress]:
             say()
 
 
-def _bar(title: str) -> Progress:
+def _bar(title: str, unit: str) -> Progress:
     started, drawn = monotonic(), [0.0]
 
     def report(done: int, total: int, label: str) -> None:
@@ -66,13 +66,13 @@ def _bar(title: str) -> Progress:
         drawn[0] = now
         filled = 24 * done // max(total, 1)
         bar = "█" * filled + "░" * (24 - filled)
-        line = f"{title} {bar} {_state(done, total, now - started)}  {label}"
+        line = f"{title} {bar} {_state(done, total, now - started, unit)}  {label}"
         click.echo("\r\033[K" + line[: shutil.get_terminal_size().columns - 1], nl=False, err=True)
 
     return report
 
 
-def _lines(title: str) -> Callable[[int, int, str], None]:
+def _lines(title: str, unit: str) -> Callable[[int, int, str], None]:
     started = last = monotonic()
 
     def report(done: int, total: int, label: str) -> None:
@@ -80,16 +80,18 @@ def _lines(title: str) -> Callable[[int, int, str], None]:
         now = monotonic()
         if now - last >= _QUIET_SECONDS:
             last = now
-            say(f"{title}: {_state(done, total, now - started)}")
+            say(f"{title}: {_state(done, total, now - started, unit)}")
 
     return report
 
 
-def _state(done: int, total: int, seconds: float) -> str:
+def _state(done: int, total: int, seconds: float, unit: str) -> str:
     rate = done / seconds if seconds > 0 else 0.0
     left = (total - done) / rate if rate else 0.0
     percent = 100 * done // max(total, 1)
-    return f"{percent:3d} %  {size(done)} of {size(total)}  {size(rate)}/s  {_clock(left)} left"
+    if unit == "B":
+        return f"{percent:3d} %  {size(done)} of {size(total)}  {size(rate)}/s  {_clock(left)} left"
+    return f"{percent:3d} %  {done} of {total} {unit}  {_clock(left)} left"
 
 
 def _clock(seconds: float) -> str:

@@ -13,7 +13,7 @@ from .console import print_json, say
 if TYPE_CHECKING:
     from ..runtime.model import Generation, Model
 
-_LOAD = ("threads", "prefill_chunk", "prepack")
+_LOAD = ("threads", "prefill_chunk", "prepack", "exact")
 
 _OPTIONS = [
     click.option("--max-tokens", type=click.IntRange(1), default=512, show_default=True, help="Longest answer."),
@@ -34,7 +34,14 @@ _OPTIONS = [
     click.option(
         "--prefill-chunk", type=click.IntRange(1), default=512, show_default=True, help="Prompt tokens per call."
     ),
-    click.option("--prepack", is_flag=True, help="Copy weights into the kernels' layout: slower to load, more memory."),
+    click.option(
+        "--prepack/--no-prepack",
+        default=None,
+        help="Copy weights into the kernels' layout: slower to load, more memory.  [default: quantised weights alone]",
+    ),
+    click.option(
+        "--exact", is_flag=True, help="Keep activations of INT4 and INT8 weights in floating point: slower on a CPU."
+    ),
 ]
 
 

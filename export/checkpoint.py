@@ -16,9 +16,12 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+import onnx_ir as ir
 
+from ..bundle import MANIFEST, Bundle
 from ..config import ModelConfig, read_json
 from ..errors import OneVisionError
+from ..precision import BF16, FP16, FP32
 
 DTYPES = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
@@ -33,33 +36,44 @@ _LAYOUTS = (("model.visual.", "visual."), ("model.language_model.", "model."))
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """Where one tensor lies: `size` bytes from `offset` of `path`."""
+    """Where one tensor lies: `size` bytes from `offset` of `path`.
+
+    transposed: as a matrix [rest of the shape, shape[0]], which is how a bundle's graphs store Linears.
+    """
 
     path: Path
     dtype: str  # safetensors' spelling: BF16, F16, F32
     shape: tuple[int, ...]
     offset: int
     size: int
+    transposed: bool = False
 
 
 class Checkpoint:
     """A checkpoint directory: its configuration and its tensors by their canonical names.
 
-    Canonical names are those of the released files: `visual.*`, `model.*`, `lm_head.weight`.
+    Canonical names are those of the released files: `visual.*`, `model.*`, `lm_head.weight`. A full-precision
+    bundle is one, too: its graphs hold the same tensors. name: what the manifest calls it.
     """
 
-    def __init__(self, directory: Path, config: ModelConfig, tensors: Mapping[str, StoredTensor]) -> None:
+    def __init__(
+        self, directory: Path, config: ModelConfig, tensors: Mapping[str, StoredTensor], name: str | None = None
+    ) -> None:
         self.directory = directory
         self.config = config
         self.tensors = tensors
+        self.name = name or directory.resolve().name
 
     @classmethod
     def open(cls, source: str | os.PathLike[str]) -> "Checkpoint":
         """Open a local directory, a hub id (with huggingface_hub installed), or "demo", the shipped one.
 
-        Raises OneVisionError for a missing or unsupported checkpoint and for broken safetensors.
+        A bundle is opened where it is in full precision. Raises OneVisionError for a missing or unsupported
+        checkpoint and for broken safetensors.
         """
         directory = locate(source)
+        if (directory / MANIFEST).is_file():
+            return cls(*_bundle(directory))
         config = ModelConfig.from_checkpoint(directory)
         return cls(directory, config, _stored_tensors(directory))
 
@@ -91,16 +105,21 @@ class Checkpoint:
     def read(self, name: str) -> np.ndarray:
         """The whole tensor, in its stored dtype (BF16 as ml_dtypes.bfloat16)."""
         stored = self.tensors[name]
-        values = np.empty(stored.shape, DTYPES[stored.dtype])
-        flat = values.reshape(-1).view(np.uint8)
+        rows = stored.shape[0]
+        shape = (math.prod(stored.shape[1:]), rows) if stored.transposed else stored.shape
+        values = np.empty(shape, DTYPES[stored.dtype])
         with _opened(stored) as file:
-            _read_exactly(file, flat, stored.path, name)
-        return values
+            _read_exactly(file, values.reshape(-1).view(np.uint8), stored.path, name)
+        return values.T.reshape(stored.shape) if stored.transposed else values
 
     def read_rows(self, name: str, rows: int) -> Iterator[np.ndarray]:
         """The tensor in blocks of `rows` along its first axis. The buffer is reused: use each before the next."""
         stored = self.tensors[name]
         count, *rest = stored.shape
+        if stored.transposed:
+            whole = self.read(name)
+            yield from (np.ascontiguousarray(whole[start : start + rows]) for start in range(0, count, rows))
+            return
         block = np.empty((min(rows, count), *rest), DTYPES[stored.dtype])
         with _opened(stored) as file:
             for start in range(0, count, rows):
@@ -121,6 +140,51 @@ def locate(source: str | os.PathLike[str]) -> Path:
     if _looks_like_hub_id(str(source)):
         return _download(str(source))
     raise OneVisionError(f"{path} does not exist: give a checkpoint directory, a hub id (owner/name), or demo")
+
+
+def _bundle(directory: Path) -> tuple[Path, ModelConfig, dict[str, StoredTensor], str]:
+    """What a Checkpoint is made of, read from a bundle."""
+    bundle = Bundle.open(directory)
+    manifest = bundle.manifest
+    if manifest.quantization is not None:
+        raise OneVisionError(
+            f"{directory} is a quantised bundle, whose weights are rounded already: give the checkpoint or the "
+            "full-precision bundle it was made from"
+        )
+    tensors = {}
+    for spec in manifest.graphs.values():
+        graph = ir.load(bundle.path(spec.file)).graph
+        for name, value in graph.initializers.items():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                tensors[name] = _external(bundle, spec.file, value.const_value, name)
+    if manifest.embedding is not None:
+        path, (rows, width) = bundle.path(manifest.embedding.file), manifest.embedding.shape
+        dtype = next(code for code, fmt in _FORMATS.items() if fmt.onnx == manifest.embedding.dtype)
+        tensors["model.embed_tokens.weight"] = StoredTensor(path, dtype, (rows, width), 0, path.stat().st_size)
+    return directory, manifest.model, tensors, str(manifest.provenance.get("checkpoint"))
+
+
+_FORMATS = {"BF16": BF16, "F16": FP16, "F32": FP32}
+
+
+def _external(bundle: Bundle, graph: str, tensor: ir.ExternalTensor, name: str) -> StoredTensor:
+    """A parameter of a graph as the tensor it was made from; a matrix lies transposed, [in, out]."""
+    dtype = next((code for code, fmt in _FORMATS.items() if fmt.onnx_type == tensor.dtype), None)
+    path, offset, size = bundle.path(str(tensor.location)), tensor.offset or 0, tensor.length or 0
+    if dtype is None or path.name not in bundle.manifest.files or offset + size > path.stat().st_size:
+        raise OneVisionError(f"{bundle.path(graph)}: {name} is not as this version writes it; export it again")
+    shape = tuple(int(str(dim)) for dim in tensor.shape)
+    if len(shape) == 2 and name.endswith(".weight"):
+        return StoredTensor(path, dtype, _source_shape(bundle, name, shape), offset, size, transposed=True)
+    return StoredTensor(path, dtype, shape, offset, size)
+
+
+def _source_shape(bundle: Bundle, name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+    """[out, in] of a matrix stored [in, out]; a kernel [out, channels, side, side] where it was a convolution's."""
+    vision = bundle.manifest.model.vision
+    if name == "visual.patch_embed.proj.weight":
+        return (shape[1], vision.in_channels, vision.patch_size, vision.patch_size)
+    return (shape[1], shape[0])
 
 
 def _looks_like_hub_id(source: str) -> bool:

@@ -3,34 +3,47 @@
 One graph serves prefill, chunked prefill, decode and verification of drafted tokens. Cache row =
 position, so one comparison, `arange(valid_length) <= position`, covers causality, padding and rows
 not yet written; it is explicit because some parsers drop Attention's own length input.
+
+An INT8 cache holds codes under one scale each for a layer's keys and values. TensorScatter takes no codes in
+TensorRT, so they are written by ScatterND; ONNX Runtime writes either in place.
 """
 
+from dataclasses import dataclass
+
+import numpy as np
 import onnx_ir as ir
 from onnxscript import nn
 
 from ..config import TextConfig
 from ..precision import FloatFormat
+from ..precision.codes import INT8
 from .layers import (
     Linear,
-    Op,
     RMSNorm,
-    Value,
+    Weight,
     attention,
     from_format,
     heads_first,
+    ir_dtype,
     merge_heads,
     rotary_angles,
     rotate,
+    share_feed,
     split_heads,
 )
+from .patterns import Op, Value
 
 
+@dataclass
 class Step:
-    """What every layer of one call shares."""
+    """What every layer of one call shares. cache_rows: where ScatterND writes, for an INT8 cache."""
 
-    def __init__(self, cos: Value, sin: Value, mask: Value, write_indices: Value, valid_length: Value) -> None:
-        self.cos, self.sin, self.mask = cos, sin, mask
-        self.write_indices, self.valid_length = write_indices, valid_length
+    cos: Value
+    sin: Value
+    mask: Value
+    write_indices: Value
+    valid_length: Value
+    cache_rows: Value | None = None
 
 
 class Attention(nn.Module):
@@ -42,10 +55,18 @@ class Attention(nn.Module):
         self.q_proj = Linear(c.hidden_size, queries, fmt, c.attention_bias)
         self.k_proj = Linear(c.hidden_size, keys, fmt, c.attention_bias)
         self.v_proj = Linear(c.hidden_size, keys, fmt, c.attention_bias)
+        share_feed(self.q_proj, self.k_proj, self.v_proj)
         self.o_proj = Linear(queries, c.hidden_size, fmt, c.attention_bias)
         self.q_norm = RMSNorm(c.head_dim, c.rms_norm_eps, fmt)
         self.k_norm = RMSNorm(c.head_dim, c.rms_norm_eps, fmt)
         self.c, self.fmt = c, fmt
+        self.k_scale: Weight | None = None
+        self.v_scale: Weight | None = None
+
+    def quantize_cache(self) -> None:
+        """Keep keys and values as INT8 codes."""
+        self.k_scale = Weight([], ir_dtype(self.fmt), computed=True)
+        self.v_scale = Weight([], ir_dtype(self.fmt), computed=True)
 
     def forward(self, op: Op, x: Value, step: Step, past_key: Value, past_value: Value) -> tuple[Value, Value, Value]:
         c = self.c
@@ -54,18 +75,26 @@ class Attention(nn.Module):
         v = split_heads(op, self.v_proj(op, x), c.num_key_value_heads, c.head_dim)
         q = rotate(op, heads_first(op, q), step.cos, step.sin, self.fmt)
         k = rotate(op, heads_first(op, k), step.cos, step.sin, self.fmt)
-        key, keys = self.update(op, past_key, k, step)
-        value, values = self.update(op, past_value, heads_first(op, v), step)
+        key, keys = self.update(op, past_key, k, self.k_scale, step)
+        value, values = self.update(op, past_value, heads_first(op, v), self.v_scale, step)
         y = attention(op, q, keys, values, step.mask, self.fmt)
         y = self.o_proj(op, merge_heads(op, y, c.num_attention_heads * c.head_dim))
         return y, key, value
 
-    def update(self, op: Op, past: Value, new: Value, step: Step) -> tuple[Value, Value]:
-        """Write the new rows into the cache; returns the cache and its valid part."""
-        present = op.TensorScatter(past, new, step.write_indices, axis=2)
+    def update(self, op: Op, past: Value, new: Value, scale: Value | None, step: Step) -> tuple[Value, Value]:
+        """Write the new rows into the cache; returns the cache and its valid part, in the graph's format."""
+        if scale is None:
+            present = op.TensorScatter(past, new, step.write_indices, axis=2)
+            return present, self.valid(op, present, step)
+        # No zero point: with one, ONNX Runtime 1.32 moves the codes on to UINT8 half-way and refuses its own result.
+        present = op.ScatterND(past, step.cache_rows, op.QuantizeLinear(new, scale, output_dtype=INT8.onnx_type))
+        return present, op.DequantizeLinear(self.valid(op, present, step), scale)
+
+    def valid(self, op: Op, present: Value, step: Step) -> Value:
+        """The rows of a cache that are in use."""
         valid = op.Slice(present, [0], step.valid_length, [2])
         valid.shape = ir.Shape(["batch", self.c.num_key_value_heads, "valid_length", self.c.head_dim])
-        return present, valid
+        return valid
 
 
 class MLP(nn.Module):
@@ -75,6 +104,7 @@ class MLP(nn.Module):
         super().__init__()
         self.gate_proj = Linear(c.hidden_size, c.intermediate_size, fmt)
         self.up_proj = Linear(c.hidden_size, c.intermediate_size, fmt)
+        share_feed(self.gate_proj, self.up_proj)
         self.down_proj = Linear(c.intermediate_size, c.hidden_size, fmt)
 
     def forward(self, op: Op, x: Value) -> Value:
@@ -107,6 +137,14 @@ class Model(nn.Module):
         self.c = c
         self.layers = nn.ModuleList([Layer(c, fmt) for _ in range(c.num_hidden_layers)])
         self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps, fmt)
+        self.int8_cache = False
+
+    def quantize_cache(self) -> None:
+        """Keep the KV cache as INT8 codes."""
+        self.int8_cache = True
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.quantize_cache()
 
     def forward(
         self,
@@ -118,15 +156,20 @@ class Model(nn.Module):
         logits_indices: Value,
         past: list[tuple[Value, Value]],
     ) -> tuple[Value, list[tuple[Value, Value]]]:
-        cos, sin = self.rotary(op, position_ids)
-        mask = self.mask(op, position_ids, valid_length)
-        step = Step(cos, sin, mask, write_indices, valid_length)
+        step = self.step(op, position_ids, write_indices, valid_length)
         present = []
         for layer, (past_key, past_value) in zip(self.layers, past, strict=True):
             x, key, value = layer(op, x, step, past_key, past_value)
             present.append((key, value))
         rows = op.GatherND(x, op.Unsqueeze(logits_indices, [2]), batch_dims=1)
         return self.norm(op, rows), present
+
+    def step(self, op: Op, position_ids: Value, write_indices: Value, valid_length: Value) -> Step:
+        """What all layers of a call share."""
+        cos, sin = self.rotary(op, position_ids)
+        mask = self.mask(op, position_ids, valid_length)
+        rows = self.cache_rows(op, position_ids, write_indices) if self.int8_cache else None
+        return Step(cos, sin, mask, write_indices, valid_length, rows)
 
     def rotary(self, op: Op, position_ids: Value) -> tuple[Value, Value]:
         """cos and sin of the angles, float32 [batch, tokens, head_dim / 2]."""
@@ -138,6 +181,19 @@ class Model(nn.Module):
         rows = op.Range(0, op.Squeeze(valid_length, [0]), 1)
         rows.shape = ir.Shape(["valid_length"])
         return op.LessOrEqual(rows, op.Unsqueeze(position_ids, [1, 3]))
+
+    def cache_rows(self, op: Op, position_ids: Value, write_indices: Value) -> Value:
+        """Where in [batch, kv_heads, max_length, head_dim] the new rows go: int64 [batch, kv_heads, tokens, 3]."""
+        heads = self.c.num_key_value_heads
+        tokens, batch = op.Shape(position_ids, start=1, end=2), op.Shape(position_ids, start=0, end=1)
+        rows = op.Add(op.Unsqueeze(write_indices, [1]), op.Range(0, op.Squeeze(tokens, [0]), 1))
+        sequences = op.Range(0, op.Squeeze(batch, [0]), 1)
+        head = op.initializer(ir.tensor(np.arange(heads).reshape(1, heads, 1)), name="cache_heads")
+        shape = op.Concat(batch, [heads], tokens, axis=0)
+        places = (op.Unsqueeze(sequences, [1, 2]), head, op.Unsqueeze(rows, [1]))
+        indices = op.Concat(*(op.Unsqueeze(op.Expand(place, shape), [3]) for place in places), axis=3)
+        indices.shape = ir.Shape(["batch", heads, "tokens", 3])
+        return indices
 
 
 class Decoder(nn.Module):

@@ -4,9 +4,11 @@ import onnx_ir as ir
 from onnxscript import GraphBuilder, nn
 
 from ..config import ModelConfig, TextConfig
-from ..precision import FloatFormat
+from ..precision import float_format
+from ..precision.plan import Plan
 from .decoder import Decoder
-from .layers import Value, Weight, ir_dtype
+from .layers import Weight, apply_plan, ir_dtype
+from .patterns import Value
 from .vision import VisionTower
 
 OPSET = 24
@@ -37,22 +39,23 @@ class Weights:
             self.by_name[parameter.name] = parameter
 
 
-def build_vision(config: ModelConfig, fmt: FloatFormat) -> tuple[ir.Model, Weights]:
-    """The vision graph of `config` in format `fmt`, and its weights."""
-    c = config.vision
+def build_vision(config: ModelConfig, plan: Plan) -> tuple[ir.Model, Weights]:
+    """The vision graph of `config` in the precisions of `plan`, and its weights."""
+    c, fmt = config.vision, float_format(plan.dtype)
     builder = _builder("vision")
     pixel_values = builder.input("pixel_values", ir_dtype(fmt), ["images", "patches", c.patch_dim])
     positions = builder.input("patch_positions", ir.DataType.INT64, ["patches", 2])
     tower = VisionTower(c, fmt)
+    apply_plan(tower, "vision", plan)
     embeds = tower(builder.op, pixel_values, positions)
     embeds.shape = ir.Shape(["images", "image_tokens", c.text_hidden_size])
     builder.add_output(embeds, "image_embeds")
     return _finish(builder.graph), Weights(tower)
 
 
-def build_decoder(config: ModelConfig, fmt: FloatFormat, max_length: int) -> tuple[ir.Model, Weights]:
-    """The decoder graph of `config` in format `fmt` with `max_length` cache rows, and its weights."""
-    c = config.text
+def build_decoder(config: ModelConfig, plan: Plan, max_length: int) -> tuple[ir.Model, Weights]:
+    """The decoder graph of `config` in the precisions of `plan` with `max_length` cache rows, and its weights."""
+    c, fmt = config.text, float_format(plan.dtype)
     builder = _builder("decoder")
     int64 = ir.DataType.INT64
     inputs = (
@@ -63,7 +66,11 @@ def build_decoder(config: ModelConfig, fmt: FloatFormat, max_length: int) -> tup
         builder.input("logits_indices", int64, ["batch", "rows"]),
     )
     decoder = Decoder(c, fmt)
-    logits, present = decoder(builder.op, *inputs, past=_cache_inputs(builder, c, fmt, max_length))
+    apply_plan(decoder, "decoder", plan)
+    if plan.kv_cache == "int8":
+        decoder.model.quantize_cache()
+    cache_type = ir.DataType.INT8 if plan.kv_cache == "int8" else ir_dtype(fmt)
+    logits, present = decoder(builder.op, *inputs, past=_cache_inputs(builder, c, cache_type, max_length))
     builder.add_output(logits, "logits")
     for i, (key, value) in enumerate(present):
         builder.add_output(key, f"present_key.{i}")
@@ -71,11 +78,13 @@ def build_decoder(config: ModelConfig, fmt: FloatFormat, max_length: int) -> tup
     return _finish(builder.graph), Weights(decoder)
 
 
-def _cache_inputs(builder: GraphBuilder, c: TextConfig, fmt: FloatFormat, max_length: int) -> list[tuple[Value, Value]]:
+def _cache_inputs(
+    builder: GraphBuilder, c: TextConfig, dtype: ir.DataType, max_length: int
+) -> list[tuple[Value, Value]]:
     shape: list[int | str | None] = ["batch", c.num_key_value_heads, max_length, c.head_dim]
 
     def buffer(name: str) -> Value:
-        return builder.input(name, ir_dtype(fmt), shape)
+        return builder.input(name, dtype, shape)
 
     return [(buffer(f"past_key.{i}"), buffer(f"past_value.{i}")) for i in range(c.num_hidden_layers)]
 

@@ -12,36 +12,39 @@ import numpy as np
 import onnx_ir as ir
 from onnxscript import nn
 
-from ..precision import FloatFormat
-
-Value = ir.Value
-Op = Any  # onnxscript's OpBuilder: its methods are the operators of the opset
+from ..precision import FP32, FloatFormat
+from ..precision.codes import FP8, INT8
+from ..precision.formats import FORMATS, Format
+from ..precision.plan import FLOAT, Plan, Precision
+from .patterns import ActivationValues, Op, Value, WeightValues, dequantize_weight, quantize_dequantize
 
 
 class Weight(nn.Parameter):
-    """A parameter read from the checkpoint.
+    """A parameter read from the checkpoint, or made by calibration.
 
     source_shape: the tensor's shape in the checkpoint. Its values are viewed as a matrix
-    [source_shape[0], rest] and transposed when `transposed`, else taken in order.
+    [source_shape[0], rest] and transposed when `transposed`, else taken in order. computed: the values are not
+    the checkpoint's own: codes, which have a source, and scales, which have none.
     """
 
     def __init__(
         self,
         shape: Sequence[int],
         dtype: ir.DataType,
-        source_shape: Sequence[int] = (),
+        source_shape: Sequence[int] | None = None,
         transposed: bool = False,
+        computed: bool = False,
     ) -> None:
         super().__init__(shape, dtype)
         self.stored_shape = tuple(shape)
-        self.source_shape = tuple(source_shape or shape)
-        self.transposed = transposed
+        self.source_shape = None if computed and not source_shape else tuple(source_shape or shape)
+        self.transposed, self.computed = transposed, computed
 
     @property
     def nbytes(self) -> int:
         """Bytes the parameter takes in the data file."""
         assert self.dtype is not None
-        return math.prod(self.stored_shape) * int(self.dtype.itemsize)
+        return (math.prod(self.stored_shape) * self.dtype.bitwidth + 7) // 8
 
 
 def ir_dtype(fmt: FloatFormat) -> ir.DataType:
@@ -49,8 +52,16 @@ def ir_dtype(fmt: FloatFormat) -> ir.DataType:
     return ir.DataType(fmt.onnx_type)
 
 
+class Feed:
+    """What one or several Linears read: a value that is rounded once for all that want it in the same codes."""
+
+    def __init__(self) -> None:
+        self.rounded: dict[str, Value] = {}  # by the name of the codes
+        self.scaled: set[str] = set()  # codes whose scale one of the Linears holds
+
+
 class Linear(nn.Module):
-    """y = x W (+ b), W stored [in, out]."""
+    """y = x W (+ b), W stored [in, out], in the precision that `quantize` sets."""
 
     def __init__(
         self,
@@ -62,12 +73,76 @@ class Linear(nn.Module):
     ) -> None:
         super().__init__()
         dtype = ir_dtype(fmt)
+        self.inputs, self.outputs, self.fmt = inputs, outputs, fmt
         self.weight = Weight([inputs, outputs], dtype, source_shape or [outputs, inputs], transposed=True)
         self.bias = Weight([outputs], dtype) if bias else None
+        self.precision, self.feed = FLOAT, Feed()
+        self.weight_scale: Weight | None = None
+        self.weight_scale_2: Weight | None = None  # of the scales themselves, in NVFP4
+        self.input_scale: Weight | None = None
+
+    def quantize(self, precision: Precision) -> None:
+        """Store the weights in a precision's codes and round the input to its activation's, where it has them."""
+        self.precision = precision
+        if precision.format is not None:
+            self._store_codes(FORMATS[precision.format])
+        if precision.activation is not None and precision.activation not in self.feed.scaled:
+            self.feed.scaled.add(precision.activation)
+            self.input_scale = Weight([], ir_dtype(self.fmt), computed=True)
+
+    def _store_codes(self, form: Format) -> None:
+        shape = (self.inputs, self.outputs)
+        scale_type = ir.DataType.FLOAT8E4M3FN if form.two_level else ir_dtype(self.fmt)
+        self.weight = Weight(shape, ir.DataType(form.codes.onnx_type), self.weight.source_shape, True, computed=True)
+        self.weight_scale = Weight(form.scale_shape(shape), scale_type, computed=True)
+        if form.two_level:
+            self.weight_scale_2 = Weight([], ir_dtype(FP32), computed=True)
 
     def forward(self, op: Op, x: Value) -> Value:
-        y = op.MatMul(x, self.weight)
+        y = op.MatMul(self.rounded(op, x), self.matrix(op))
         return op.Add(y, self.bias) if self.bias is not None else y
+
+    def rounded(self, op: Op, x: Value) -> Value:
+        """The input as its codes hold it; of Linears that share it, the first that reads it makes it."""
+        codes = self.precision.activation
+        if codes is None:
+            return x
+        if self.input_scale is not None:
+            zero = (
+                op.initializer(ir.tensor(np.zeros((), np.int8)), name="input_zero_point")
+                if codes == INT8.name
+                else None
+            )
+            values = ActivationValues(ACTIVATION_CODES[codes], self.input_scale, zero)
+            self.feed.rounded[codes] = quantize_dequantize(op, x, values)
+        return self.feed.rounded[codes]
+
+    def matrix(self, op: Op) -> Value:
+        """The weights in the graph's float."""
+        if self.weight_scale is None:
+            return self.weight
+        values = WeightValues(self.weight, self.weight_scale, self.precision.block, self.weight_scale_2)
+        return dequantize_weight(op, values, self.fmt)
+
+
+ACTIVATION_CODES = {codes.name: codes for codes in (INT8, FP8)}
+
+
+def share_feed(*linears: Linear) -> None:
+    """Tell Linears that read the same value, in this order, that they do."""
+    for linear in linears:
+        linear.feed = linears[0].feed
+
+
+def named_linears(root: nn.Module) -> dict[str, Linear]:
+    """Every Linear under `root`, by its path in the checkpoint."""
+    return {path: module for path, module in root.named_modules(root.name or "") if isinstance(module, Linear)}
+
+
+def apply_plan(root: nn.Module, graph: str, plan: Plan) -> None:
+    """Give every Linear under `root` the precision that the plan has for it."""
+    for path, linear in named_linears(root).items():
+        linear.quantize(plan.precision(graph, path, linear.inputs))
 
 
 class LayerNorm(nn.Module):

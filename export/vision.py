@@ -14,8 +14,6 @@ from ..precision import FP32, FloatFormat
 from .layers import (
     LayerNorm,
     Linear,
-    Op,
-    Value,
     Weight,
     attention,
     gelu,
@@ -26,6 +24,7 @@ from .layers import (
     rotate,
     split_heads,
 )
+from .patterns import Op, Value
 
 BLOCK_EPS = 1e-5  # the reference hard-codes it in the blocks, whatever the config says
 ROPE_THETA = 10000.0
@@ -132,13 +131,21 @@ class VisionTower(nn.Module):
         self.merger = Merger(c, fmt)
 
     def forward(self, op: Op, pixel_values: Value, patch_positions: Value) -> Value:
+        x, cos, sin = self.embed(op, pixel_values, patch_positions)
+        for block in self.blocks:
+            x = block(op, x, cos, sin)
+        return self.merge(op, x)
+
+    def embed(self, op: Op, pixel_values: Value, patch_positions: Value) -> tuple[Value, Value, Value]:
+        """What the first block reads: rows [images, rows, hidden], class token first, and cos and sin."""
         x = self.patch_embed(op, pixel_values)
         images = op.Shape(x, start=0, end=1)
         x = self.prepend_class_token(op, x, images)
         cos, sin = self.rotary(op, patch_positions, images)
-        x = self.pre_layernorm(op, x)
-        for block in self.blocks:
-            x = block(op, x, cos, sin)
+        return self.pre_layernorm(op, x), cos, sin
+
+    def merge(self, op: Op, x: Value) -> Value:
+        """What the last block gives, without the class token, as tokens [images, image_tokens, text_hidden]."""
         patches = op.Slice(x, [1], [INT64_MAX], [1])
         patches.shape = ir.Shape(["images", "patches", self.c.hidden_size])
         return self.merger(op, patches)

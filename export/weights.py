@@ -5,7 +5,7 @@ written and of what was read come out of the same pass.
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from typing import BinaryIO
@@ -17,7 +17,7 @@ import onnx_ir as ir
 from ..bundle import BundleWriter, Progress
 from ..errors import OneVisionError
 from ..precision import BF16, FLOAT_FORMATS, FP16, FP32, FloatFormat
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, StoredTensor
 from .layers import Weight
 
 BLOCK_BYTES = 1 << 20  # converted and written at a time: what the processor's cache holds
@@ -55,11 +55,24 @@ class Stream:
             view = view[self.file.write(view) :]
 
 
+# What parameters hold that are not the checkpoint's tensors as they are, by name, in the graph's layout: float32
+# values where the graph's are floats, else the bytes as stored.
+Values = Mapping[str, np.ndarray]
+NO_VALUES: Values = {}
+
+
 class WeightWriter:
     """Writes tensors of one checkpoint into the files of a bundle, with progress over all of them."""
 
-    def __init__(self, checkpoint: Checkpoint, writer: BundleWriter, progress: Progress, total: int) -> None:
-        self.checkpoint, self.writer = checkpoint, writer
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        writer: BundleWriter,
+        progress: Progress,
+        total: int,
+        values: Values = NO_VALUES,
+    ) -> None:
+        self.checkpoint, self.writer, self.values = checkpoint, writer, values
         self.progress, self.total, self.done = progress, total, 0
         self.source_digests: dict[str, str] = {}
         self._hasher = ThreadPoolExecutor(1)
@@ -87,17 +100,36 @@ class WeightWriter:
 
     def _write_weight(self, stream: Stream, name: str, weight: Weight, data: str) -> None:
         assert weight.dtype is not None
-        fmt = next(f for f in FLOAT_FORMATS.values() if f.onnx_type == weight.dtype)
-        shape = weight.stored_shape
-        source = self.source_name(name)
         stream.align(4096 if weight.nbytes >= 4096 else 64)
         start = stream.position
-        self.checkpoint.check(source, weight.source_shape)
-        blocks = self._transposed if weight.transposed else self._straight
-        self._pump(stream, blocks(source, shape, fmt), source)
+        self._pump(stream, self._given(name, weight) if name in self.values else self._read(name, weight), name)
         weight.const_value = ir.ExternalTensor(
-            data, start, stream.position - start, weight.dtype, shape=ir.Shape(shape), name=name
+            data, start, stream.position - start, weight.dtype, shape=ir.Shape(weight.stored_shape), name=name
         )
+
+    def _read(self, name: str, weight: Weight) -> Iterator[np.ndarray]:
+        """The checkpoint's values in the graph's layout and format, in blocks."""
+        source = self.source_name(name)
+        assert weight.source_shape is not None
+        self.checkpoint.check(source, weight.source_shape)
+        fmt = next(f for f in FLOAT_FORMATS.values() if f.onnx_type == weight.dtype)
+        return (self._transposed if weight.transposed else self._straight)(source, weight.stored_shape, fmt)
+
+    def _given(self, name: str, weight: Weight) -> Iterator[np.ndarray]:
+        """Values that calibration made. Of the tensor they were made from, the digest is still taken."""
+        if weight.source_shape is not None:
+            self._digest(self.source_name(name))
+        values, fmt = self.values[name], next((f for f in FLOAT_FORMATS.values() if f.onnx_type == weight.dtype), None)
+        block = convert(values, fmt, name) if fmt else values
+        if block.nbytes != weight.nbytes:
+            raise OneVisionError(f"{name}: calibration made {block.nbytes} bytes, the graph holds {weight.nbytes}")
+        yield np.ascontiguousarray(block)
+
+    def _digest(self, source: str) -> None:
+        stored, digest = self.checkpoint.tensors[source], hashlib.sha256()
+        for block in self.checkpoint.read_rows(source, _block_rows(stored)):
+            digest.update(_bytes(block))
+        self.source_digests[source] = digest.hexdigest()
 
     def source_name(self, name: str) -> str:
         """The tensor that fills parameter `name`: the embedding table for a tied head."""
@@ -111,10 +143,8 @@ class WeightWriter:
 
     def _straight(self, name: str, shape: tuple[int, ...], fmt: FloatFormat) -> Iterator[np.ndarray]:
         """The tensor in blocks, in the order it is stored."""
-        stored = self.checkpoint.tensors[name]
-        rows = max(1, BLOCK_BYTES * stored.shape[0] // max(stored.size, 1))
         digest = hashlib.sha256()
-        for block in self.checkpoint.read_rows(name, rows):
+        for block in self.checkpoint.read_rows(name, _block_rows(self.checkpoint.tensors[name])):
             digest.update(_bytes(block))
             converted = convert(block, fmt, name)
             # The reader reuses its buffer, and the stream still writes what it was given.
@@ -138,6 +168,11 @@ class WeightWriter:
                 slab[:, out : out + _TILE] = convert(part.view(values.dtype), fmt, name)
             yield slab
         self.source_digests[name] = digest.result().hexdigest()
+
+
+def _block_rows(stored: StoredTensor) -> int:
+    """Rows of a tensor that make a block."""
+    return max(1, BLOCK_BYTES * stored.shape[0] // max(stored.size, 1))
 
 
 def convert(values: np.ndarray, fmt: FloatFormat, name: str) -> np.ndarray:

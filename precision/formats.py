@@ -6,7 +6,7 @@ NVIDIA's TensorRT documentation, "Quantization Schemes" (INT8, INT4, FP8), and "
 (blocks of 16, FP8 block scales, one FP32 scale of the tensor, max / (6 * 448)).
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -59,9 +59,10 @@ FP8_TENSOR = Format("fp8-tensor", FP8, pooled=True)
 FP8_CHANNEL = Format("fp8-channel", FP8)
 NVFP4 = Format("nvfp4", FP4, block=16, two_level=True, ratios=tuple(map(float, _AROUND)))
 # What NVFP4 is to an engine without FP4: the same numbers as twice their value, under half the scale.
-NVFP4_IN_INT8 = replace(NVFP4, name="nvfp4-in-int8", codes=INT8)
+INT8_BLOCK16 = Format("int8-block16", INT8, block=16)
 
-FORMATS = {f.name: f for f in (INT8_TENSOR, INT8_CHANNEL, INT4_BLOCK32, INT4_BLOCK128, FP8_TENSOR, FP8_CHANNEL, NVFP4)}
+ALL = (INT8_TENSOR, INT8_CHANNEL, INT4_BLOCK32, INT4_BLOCK128, FP8_TENSOR, FP8_CHANNEL, NVFP4)
+FORMATS = {f.name: f for f in (*ALL, INT8_BLOCK16)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,15 +117,15 @@ class Quantized:
         return packed_nbytes(self.codes) + self.scale.nbytes
 
     def in_int8(self) -> "Quantized":
-        """NVFP4 as INT8 of twice each value, under half the tensor scale: the same numbers, to the bit.
+        """NVFP4 as INT8 of twice each value, under half the scale: the same numbers, to the bit.
 
         (Where a block's scale is subnormal in FP16, below 2^-13, halving it may round.)
         """
         assert self.format is NVFP4
-        assert self.scale.tensor is not None
         doubled = (np.arange(256, dtype=np.uint8) & 0x0F).view(FP4.numpy).astype(np.float32) * 2
         codes = doubled.astype(np.int8).take(self.codes.view(np.uint8))
-        return Quantized(NVFP4_IN_INT8, codes, replace(self.scale, tensor=self.scale.tensor / np.float32(2)))
+        half = (self.scale.value() / np.float32(2)).astype(array_dtype(self.scale.fmt))
+        return Quantized(INT8_BLOCK16, codes, Scale(half, self.scale.fmt))
 
 
 def quantize(

@@ -147,7 +147,8 @@ def search(
     """The stored scales, of steps * ratios, with the least squared error in each group.
 
     steps: float32 [groups, out], or [1, 1] for one scale over everything. ratios: float32 [n], the first 1.
-    importance: how much an error in each input row counts, [in] (mean squares of the activations).
+    importance: how much an error in each input row counts, [in] (mean squares of the activations); or how
+    much errors in two rows of a block count together, [in / block, block, block] (their Gram matrices).
     """
     weight = None if importance is None else _root_importance(importance)
     if steps.size == 1:
@@ -180,23 +181,53 @@ def _errors(
     units = tile.read(weights)
     units /= np.where(base > 0, base, np.float32(np.inf))[:, None]
     ratios = np.where(base > 0, scales / np.where(base > 0, base, 1), 1)
-    rounded, spare = np.empty_like(units), np.empty_like(units)
+    deviations = _deviations(units, ratios, codes)
     errors = np.empty((len(ratios), units.shape[0], units.shape[2]), np.float32)
-    for ratio, error in zip(ratios, errors, strict=True):
+    if weight is not None and weight.ndim == 3:
+        return _gram_errors(deviations, weight[tile.groups], errors.shape)
+    for deviation, error in zip(deviations, errors, strict=True):
+        if weight is not None:
+            deviation *= weight[tile.rows].reshape(-1, tile.block, 1)
+        np.einsum("gbc,gbc->gc", deviation, deviation, out=error)
+    return errors
+
+
+def _deviations(units: np.ndarray, ratios: np.ndarray, codes: Codes) -> Iterator[np.ndarray]:
+    """What rounding to each candidate's codes changes, [groups, block, columns], in an array that is used again."""
+    rounded, spare = np.empty_like(units), np.empty_like(units)
+    for ratio in ratios:
         positive = np.where(ratio > 0, ratio, 1)[:, None]
         np.multiply(units, 1 / positive, out=rounded)
         round_to_codes(rounded, codes, spare)
         rounded *= positive
         rounded -= units
-        if weight is not None:
-            rounded *= weight[tile.rows].reshape(-1, tile.block, 1)
-        np.einsum("gbc,gbc->gc", rounded, rounded, out=error)
-    return errors
+        yield rounded
+
+
+def _gram_errors(deviations: Iterator[np.ndarray], roots: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """d^T G d of all deviations in one product of matrices: small ones keep a processor's threads waiting."""
+    candidates, groups, columns = shape
+    stacked = np.empty((groups, roots.shape[1], candidates, columns), np.float32)
+    for i, deviation in enumerate(deviations):
+        stacked[:, :, i] = deviation
+    weighed = roots @ stacked.reshape(groups, roots.shape[1], -1)
+    return np.einsum("gbn,gbn->gn", weighed, weighed).reshape(groups, candidates, columns).swapaxes(0, 1)
 
 
 def _root_importance(importance: np.ndarray) -> np.ndarray:
+    """Square roots of what is [in], and R with R^T R = G for every Gram matrix G of [groups, block, block]."""
+    if importance.ndim == 3:
+        return _roots(importance)
     largest = float(importance.max(initial=0))
     return np.sqrt(importance / largest if largest > 0 else np.ones_like(importance)).astype(np.float32)
+
+
+def _roots(grams: np.ndarray) -> np.ndarray:
+    """By eigenvalues: a Gram matrix of few samples has no Cholesky factor. Each in units of its own trace."""
+    traces = np.trace(grams, axis1=1, axis2=2, dtype=np.float64)[:, None, None]
+    values, vectors = np.linalg.eigh(grams / np.where(traces > 0, traces, 1))
+    roots = np.sqrt(np.maximum(values, 0))[:, :, None] * vectors.transpose(0, 2, 1)
+    return np.where(traces > 0, roots, np.eye(grams.shape[1])).astype(np.float32)
 
 
 def symmetric(largest: float, codes: Codes, fmt: FloatFormat = FP32) -> np.ndarray:

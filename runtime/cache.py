@@ -66,19 +66,18 @@ class Decoder:
         binding.run()
         return self._logits
 
-    def prefill(self, embeds: np.ndarray, chunk: int, every_row: bool = False) -> np.ndarray:
+    def prefill(self, embeds: np.ndarray, chunk: int, rows: np.ndarray | None = None) -> np.ndarray:
         """Fill an empty cache of one sequence with its prompt, `chunk` tokens at a time.
 
-        embeds: [tokens, D]. Returns float32 logits: [vocab] of the last token, or [tokens, vocab].
+        embeds: [tokens, D]. rows: ascending int64 [n], the tokens whose logits are wanted.
+        Returns float32 logits: [vocab] of the last token, or [n, vocab].
         """
-        collected = np.empty((len(embeds), self.vocab_size), np.float32) if every_row else None
-        last = np.empty(self.vocab_size, np.float32)
+        wanted = np.array([len(embeds) - 1]) if rows is None else rows
+        collected = np.empty((len(wanted), self.vocab_size), np.float32)
         for start in range(0, len(embeds), chunk):
             part = embeds[None, start : start + chunk]
-            tokens = part.shape[1]
-            wanted = np.arange(tokens) if every_row else np.array([tokens - 1])
-            logits = self(part, np.array([start]), wanted[None])[0]
-            if collected is not None:
-                collected[start : start + tokens] = logits
-            last = logits[-1]
-        return last if collected is None else collected
+            first, last = np.searchsorted(wanted, (start, start + part.shape[1]))
+            here = wanted[first:last] - start if last > first else np.zeros(1, np.int64)  # some row, where none is
+            logits = self(part, np.array([start]), here[None])[0]
+            collected[first:last] = logits[: last - first]
+        return collected[-1] if rows is None else collected

@@ -104,6 +104,18 @@ def render(
     return Prompt(text, prompt.images, prompt.videos)
 
 
+def media_of(
+    messages: Sequence[dict[str, Any]], *, image_token: str = IMAGE_TOKEN, video_token: str = VIDEO_TOKEN
+) -> tuple[list[Any], list[Video]]:
+    """The images and the videos of chat messages, in order, without rendering or reading any.
+
+    Raises OneVisionError as `render` does for what is not a message.
+    """
+    prompt = Prompt("", [], [])
+    _Reader(prompt, (image_token, video_token)).messages(messages)
+    return prompt.images, prompt.videos
+
+
 def expand_placeholders(
     ids: Sequence[int],
     image_token_id: int,

@@ -25,7 +25,11 @@ def memory_plan(manifest: Manifest, length: int, batch: int = 1, pixels: int = 0
     items = []
     for part, spec in manifest.graphs.items():
         weights = manifest.files[f"{spec.file}.data"].size
-        items.append(MemoryItem(f"{part} weights", weights, f"{spec.dtype}, mapped from {spec.file}.data"))
+        stored = ", ".join(sorted(spec.weights, key=lambda name: -spec.weights[name]))
+        items.append(MemoryItem(f"{part} weights", weights, f"{stored}, mapped from {spec.file}.data"))
+        if spec.wide is not None:
+            codes = sum(w.shape[0] * w.shape[1] for w in spec.wide.weights)
+            items.append(MemoryItem(f"{part} NVFP4 as INT8", codes, "made when it is loaded: there is no FP4 here"))
     if "decoder" in manifest.graphs:
         items += _decoder_items(manifest, length, batch, chunk)
     if "vision" in manifest.graphs and pixels:
@@ -35,7 +39,8 @@ def memory_plan(manifest: Manifest, length: int, batch: int = 1, pixels: int = 0
 
 def _decoder_items(manifest: Manifest, length: int, batch: int, chunk: int) -> list[MemoryItem]:
     text = manifest.model.text
-    itemsize = float_format(manifest.graphs["decoder"].dtype).itemsize
+    cache = next(t.dtype for t in manifest.graphs["decoder"].inputs if t.name == "past_key.0")
+    itemsize = 1 if cache == "int8" else float_format(manifest.graphs["decoder"].dtype).itemsize
     per_token = 2 * text.num_hidden_layers * text.num_key_value_heads * text.head_dim * itemsize
     tokens = min(chunk, length)
     scores = text.num_attention_heads * tokens * length * 4

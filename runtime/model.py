@@ -9,17 +9,13 @@ from typing import Any
 import numpy as np
 
 from ..bundle import Bundle
-from ..config import read_json
 from ..errors import OneVisionError
 from .backend import SessionOptions
-from .chat import IMAGE_TOKEN, VIDEO_TOKEN, Prompt, expand_placeholders, render
 from .generation import Running, Timings, TokenLogprob
 from .images import ImageProcessor
-from .token_model import DEFAULT_PREFILL_CHUNK, Media, TokenModel, sampling_params
+from .prompts import Messages, image_processor, optional_tokenizer, token_prompt
+from .token_model import DEFAULT_PREFILL_CHUNK, TokenModel, sampling_params
 from .tokenizer import StreamDecoder, Tokenizer
-from .video import load_video
-
-Messages = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +61,9 @@ class Model(TokenModel):
         min_pixels: int | None = None,
         max_pixels: int | None = None,
     ) -> None:
-        self.processor = image_processor(bundle).with_pixels(min_pixels, max_pixels)
-        self.tokenizer = _tokenizer(bundle)
+        processor = image_processor(bundle.directory, bundle.manifest.model.vision)
+        self.processor = processor.with_pixels(min_pixels, max_pixels)
+        self.tokenizer = optional_tokenizer(bundle.directory)
         super().__init__(bundle, options, prefill_chunk)
         if self.tokenizer:
             self.eos_token_ids = tuple(dict.fromkeys((*self.eos_token_ids, *self.tokenizer.eos_token_ids)))
@@ -115,29 +112,15 @@ class Model(TokenModel):
 
     def _prepare(self, messages: Messages, tokenizer: Tokenizer, processor: ImageProcessor) -> _Prepared:
         timings, started = Timings(), perf_counter()
-        image, video = (tokenizer.token(i) for i in self._media_ids.values())
-        prompt = render(
-            messages, tokenizer.chat_template, image_token=image or IMAGE_TOKEN, video_token=video or VIDEO_TOKEN
-        )
-        media = _preprocess(prompt, processor)
-        ids = self._expanded(tokenizer.encode(prompt.text), media)
+        prompt = token_prompt(messages, self.config, tokenizer, processor)
+        self._check_length(len(prompt.ids))
         timings.preprocess, started = perf_counter() - started, perf_counter()
-        features = {self._media_ids[name]: self._features(name, ids, m) for name, m in media.items()}
+        media = {"image": prompt.images, "video": prompt.videos}
+        features = {self._media_ids[name]: self._features(name, prompt.ids, m) for name, m in media.items()}
         timings.vision_encoding, started = perf_counter() - started, perf_counter()
-        embeds = self._stitched(ids, features)
+        embeds = self._stitched(prompt.ids, features)
         timings.prepare_embeddings = perf_counter() - started
-        return _Prepared(ids, embeds, sum(map(len, features.values())), timings)
-
-    def _expanded(self, ids: list[int], media: dict[str, Media]) -> np.ndarray:
-        """Token ids with every placeholder as long as its medium; refused at once when they cannot fit."""
-        counts = {
-            name: [] if m.grid_thw is None else self._encoder().tokens(m.grid_thw).tolist() for name, m in media.items()
-        }
-        expanded = expand_placeholders(
-            ids, self._media_ids["image"], self._media_ids["video"], counts["image"], counts["video"]
-        )
-        self._check_length(len(expanded))
-        return expanded
+        return _Prepared(prompt.ids, embeds, sum(map(len, features.values())), timings)
 
     def _require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -152,40 +135,22 @@ def load(
     bundle: str | os.PathLike[str],
     *,
     threads: int | None = None,
-    prepack: bool = False,
+    prepack: bool | None = None,
+    exact: bool = False,
     prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
 ) -> Model:
     """Load a bundle to run on ONNX Runtime's CPU provider.
 
-    threads: None for one per physical core. prepack: copy the weights into the layout the kernels like best;
-    else they stay in the mapped file, which loads at once and takes half the memory. prefill_chunk: prompt
-    tokens per decoder call. min_pixels, max_pixels: limits images are resized to, in place of the
-    checkpoint's. Raises OneVisionError.
+    threads: None for one per physical core. prepack: copy the weights into the layout the kernels like best; else
+    they stay in the mapped file, which loads at once and takes half the memory; None: quantised ones alone. exact:
+    activations of weight-only products stay floats, as on other engines; ONNX Runtime rounds them to INT8
+    otherwise, which is several times faster. prefill_chunk: prompt tokens per decoder call. min_pixels,
+    max_pixels: limits images are resized to, in place of the checkpoint's. Raises OneVisionError.
     """
-    options = SessionOptions(threads=threads, prepack=prepack)
+    options = SessionOptions(threads=threads, prepack=prepack, exact=exact)
     return Model(Bundle.open(bundle), options, prefill_chunk, min_pixels, max_pixels)
-
-
-def image_processor(bundle: Bundle) -> ImageProcessor:
-    """The published processor, with the patch and merge sizes of the model itself."""
-    path, vision = bundle.directory / "preprocessor_config.json", bundle.manifest.model.vision
-    processor = ImageProcessor.from_config(read_json(path)) if path.is_file() else ImageProcessor()
-    return replace(processor, patch_size=vision.patch_size, merge_size=vision.spatial_merge_size)
-
-
-def _tokenizer(bundle: Bundle) -> Tokenizer | None:
-    return Tokenizer.from_directory(bundle.directory) if (bundle.directory / "tokenizer.json").is_file() else None
-
-
-def _preprocess(prompt: Prompt, processor: ImageProcessor) -> dict[str, Media]:
-    images = Media(*processor(prompt.images)) if prompt.images else Media(None, None)
-    if not prompt.videos:
-        return {"image": images, "video": Media(None, None)}
-    clips = [processor.video(load_video(v.source, frames=v.nframes, fps=v.fps)) for v in prompt.videos]
-    pixels, grids = zip(*clips, strict=True)
-    return {"image": images, "video": Media(np.concatenate(pixels), np.concatenate(grids))}
 
 
 def _advance(sequence: Running, decoder: StreamDecoder) -> str:

@@ -80,8 +80,27 @@ class TokenModel:
         prompts = self._embed(ids, media)
         with self._loop(1, prefill_chunk) as loop:
             for row, (left, right), prompt in zip(logits, spans, prompts, strict=True):
-                row[left:right] = loop.decoder.prefill(prompt, loop.chunk, every_row=True)
+                row[left:right] = loop.decoder.prefill(prompt, loop.chunk, np.arange(len(prompt)))
         return logits
+
+    def logits_at(
+        self,
+        positions: np.ndarray,
+        input_ids: np.ndarray,
+        pixel_values: np.ndarray | None = None,
+        image_grid_thw: np.ndarray | None = None,
+        pixel_values_videos: np.ndarray | None = None,
+        video_grid_thw: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Next-token logits of one sequence at some of its positions: float32 [n, vocab].
+
+        positions: ascending int64 [n]. input_ids: [tokens]. The rest as for `logits`.
+        """
+        (ids,), _ = self._unpadded(input_ids, None)
+        media = {"image": Media(pixel_values, image_grid_thw), "video": Media(pixel_values_videos, video_grid_thw)}
+        (prompt,) = self._embed([ids], media)
+        with self._loop(1) as loop:
+            return loop.decoder.prefill(prompt, loop.chunk, positions)
 
     def generate_ids(
         self,
@@ -128,19 +147,7 @@ class TokenModel:
     def _unpadded(
         self, input_ids: np.ndarray, attention_mask: np.ndarray | None
     ) -> tuple[list[np.ndarray], list[tuple[int, int]]]:
-        """Each row's own ids, and where they stand in the row."""
-        try:
-            ids = np.atleast_2d(input_ids)
-        except ValueError:
-            raise OneVisionError("input_ids must be integers [batch, tokens]: pad its rows to one length") from None
-        if ids.ndim != 2 or ids.dtype.kind not in "iu" or not ids.size:
-            raise OneVisionError(f"input_ids must be integers [batch, tokens], not {ids.dtype} {list(ids.shape)}")
-        mask = np.ones(ids.shape, bool) if attention_mask is None else np.atleast_2d(attention_mask).astype(bool)
-        if mask.shape != ids.shape:
-            raise OneVisionError(f"attention_mask has shape {list(mask.shape)}, input_ids {list(ids.shape)}")
-        check_ids(ids[mask], self.config.text.vocab_size)
-        spans = [_span(row, i) for i, row in enumerate(mask)]
-        return [row[left:right].astype(np.int64) for row, (left, right) in zip(ids, spans, strict=True)], spans
+        return unpadded(input_ids, attention_mask, self.config.text.vocab_size)
 
     def _embed(self, ids: Sequence[np.ndarray], media: dict[str, Media]) -> list[np.ndarray]:
         """Embeddings of every row, media stitched in: [tokens, D] each, in the graph's format."""
@@ -194,7 +201,7 @@ class TokenModel:
             decoders, self._idle = self._idle, []
         if not decoders or decoders[0].cache.batch != batch:
             decoders.clear()  # frees the old cache before the new one is made
-            cache = KVCache(self.config.text, self.max_length, batch, graph.fmt.numpy)
+            cache = KVCache(self.config.text, self.max_length, batch, graph.cache_dtype)
             decoders = _decoders(graph, self.config.text.vocab_size, cache)
         try:
             yield Loop(decoders[0], decoders[1:] or decoders, self._table, chunk)
@@ -232,6 +239,24 @@ def _decoders(graph: Graph, vocab_size: int, cache: KVCache) -> list[Decoder]:
     """A decoder for the whole batch and, where it has several sequences, one for each."""
     views = [cache.rows(i, i + 1) for i in range(cache.batch)] if cache.batch > 1 else []
     return [Decoder(graph, c, vocab_size) for c in (cache, *views)]
+
+
+def unpadded(
+    input_ids: np.ndarray, attention_mask: np.ndarray | None, vocab_size: int
+) -> tuple[list[np.ndarray], list[tuple[int, int]]]:
+    """Each row's own ids, int64, and where they stand in the row: first and last + 1."""
+    try:
+        ids = np.atleast_2d(input_ids)
+    except ValueError:
+        raise OneVisionError("input_ids must be integers [batch, tokens]: pad its rows to one length") from None
+    if ids.ndim != 2 or ids.dtype.kind not in "iu" or not ids.size:
+        raise OneVisionError(f"input_ids must be integers [batch, tokens], not {ids.dtype} {list(ids.shape)}")
+    mask = np.ones(ids.shape, bool) if attention_mask is None else np.atleast_2d(attention_mask).astype(bool)
+    if mask.shape != ids.shape:
+        raise OneVisionError(f"attention_mask has shape {list(mask.shape)}, input_ids {list(ids.shape)}")
+    check_ids(ids[mask], vocab_size)
+    spans = [_span(row, i) for i, row in enumerate(mask)]
+    return [row[left:right].astype(np.int64) for row, (left, right) in zip(ids, spans, strict=True)], spans
 
 
 def sampling_params(options: dict[str, Any]) -> SamplingParams:

@@ -123,12 +123,13 @@ def _image_files(directory: Path) -> list[ImageSource]:
     visible = [name for name in names if not name.startswith(".")]
     if not visible:
         raise OneVisionError("the directory holds no image files")
-    return [directory / name for name in sorted(visible, key=_natural)]
+    return [directory / name for name in sorted(visible, key=natural_order)]
 
 
-def _natural(name: str) -> list[str | int]:
-    """A sort key by which frame2 comes before frame10: text and numbers take turns."""
-    return [int(part) if index % 2 else part.lower() for index, part in enumerate(re.split(r"(\d+)", name))]
+def natural_order(name: str) -> tuple[list[str | int], str]:
+    """A sort key by which frame2 comes before frame10: text and numbers take turns. No two names share one."""
+    parts = re.split(r"(\d+)", name)
+    return [int(part) if index % 2 else part.lower() for index, part in enumerate(parts)], name
 
 
 def _from_images(images: list[ImageSource], frames: int | None, fps: float | None) -> list[Image.Image]:

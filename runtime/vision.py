@@ -22,32 +22,13 @@ class VisionEncoder:
 
     def tokens(self, grid_thw: np.ndarray) -> np.ndarray:
         """Embeddings each entry of a grid [n, 3] becomes: int64 [n]."""
-        return np.prod(grid_thw, axis=1) // self.config.merge_unit
+        return media_tokens(grid_thw, self.config)
 
     def check(self, pixel_values: np.ndarray, grid_thw: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray]:
         """Both inputs as arrays of the right dtype, after checking that they belong together."""
-        merge = self.config.spatial_merge_size
-        grid = np.asarray(grid_thw)
-        if grid.ndim != 2 or grid.shape[1] != 3 or grid.dtype.kind not in "iu" or (grid < 1).any():
-            raise OneVisionError(
-                f"{name}_grid_thw must be positive integers [n, 3], not {grid.dtype} {list(grid.shape)}"
-            )
-        if (grid[:, 1:] % merge).any():
-            raise OneVisionError(f"{name}_grid_thw heights and widths must be multiples of {merge}: {grid.tolist()}")
-        pixels = np.asarray(pixel_values)
-        if pixels.dtype.kind != "f":
-            raise OneVisionError(
-                f"{name} pixel values are {pixels.dtype}: give floating-point rows, as preprocess_images makes them"
-            )
-        patches = sum(math.prod(row) for row in grid.tolist())  # in Python's integers, which do not wrap
-        if pixels.ndim != 2 or pixels.shape != (patches, self.config.patch_dim):
-            raise OneVisionError(
-                f"{name} pixel values have shape {list(pixels.shape)}; the grid {grid.tolist()} asks for "
-                f"[{patches}, {self.config.patch_dim}]"
-            )
-        if not np.isfinite(pixels).all():
-            raise OneVisionError(f"{name} pixel values hold NaN or infinity")
-        return pixels.astype(self.graph.fmt.numpy, copy=False), grid.astype(np.int64)
+        grid = check_grid(grid_thw, name, self.config)
+        pixels = check_pixels(pixel_values, grid, name, self.config)
+        return pixels.astype(self.graph.fmt.numpy, copy=False), grid
 
     def __call__(self, pixel_values: np.ndarray, grid_thw: np.ndarray) -> np.ndarray:
         """Embeddings of all images (and video frames), in order: [tokens, D] in the graph's format.
@@ -83,6 +64,40 @@ class VisionEncoder:
     def _encode(self, pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         positions = patch_positions(*size, self.config.spatial_merge_size)
         return self.graph.run({"pixel_values": pixels, "patch_positions": positions})[0]
+
+
+def media_tokens(grid_thw: np.ndarray, config: VisionConfig) -> np.ndarray:
+    """Embeddings each entry of a grid [n, 3] becomes: int64 [n]."""
+    return np.prod(grid_thw, axis=1) // config.merge_unit
+
+
+def check_grid(grid_thw: np.ndarray, name: str, config: VisionConfig) -> np.ndarray:
+    """The grid as int64 [n, 3], after checking that the merger can take it."""
+    merge = config.spatial_merge_size
+    grid = np.asarray(grid_thw)
+    if grid.ndim != 2 or grid.shape[1] != 3 or grid.dtype.kind not in "iu" or (grid < 1).any():
+        raise OneVisionError(f"{name}_grid_thw must be positive integers [n, 3], not {grid.dtype} {list(grid.shape)}")
+    if (grid[:, 1:] % merge).any():
+        raise OneVisionError(f"{name}_grid_thw heights and widths must be multiples of {merge}: {grid.tolist()}")
+    return grid.astype(np.int64)
+
+
+def check_pixels(pixel_values: np.ndarray, grid_thw: np.ndarray, name: str, config: VisionConfig) -> np.ndarray:
+    """The pixel rows as an array, in their own dtype, after checking that they are those of the grid."""
+    pixels = np.asarray(pixel_values)
+    if pixels.dtype.kind != "f":
+        raise OneVisionError(
+            f"{name} pixel values are {pixels.dtype}: give floating-point rows, as preprocess_images makes them"
+        )
+    patches = sum(math.prod(row) for row in grid_thw.tolist())  # in Python's integers, which do not wrap
+    if pixels.shape != (patches, config.patch_dim):
+        raise OneVisionError(
+            f"{name} pixel values have shape {list(pixels.shape)}; the grid {grid_thw.tolist()} asks for "
+            f"[{patches}, {config.patch_dim}]"
+        )
+    if not np.isfinite(pixels).all():
+        raise OneVisionError(f"{name} pixel values hold NaN or infinity")
+    return pixels
 
 
 def _batches(members: list[int], patches: int, heads: int) -> list[list[int]]:

@@ -40,7 +40,7 @@ from onevision_edge.precision.codes import (
     unpack,
 )
 from onevision_edge.precision.formats import (
-    FORMATS,
+    ALL,
     FP8_CHANNEL,
     FP8_TENSOR,
     INT4_BLOCK32,
@@ -57,7 +57,6 @@ from onevision_edge.precision.formats import (
 )
 from onevision_edge.precision.scales import asymmetric, symmetric
 
-ALL = list(FORMATS.values())
 FLOATS = list(FLOAT_FORMATS.values())
 ALL_CODES = [INT8, UINT8, INT4, FP8, FP4]
 pytestmark = pytest.mark.filterwarnings("error::RuntimeWarning")  # no overflow, no 0 / 0 that was not meant

@@ -24,10 +24,10 @@ import numpy as np
 
 from onevision_edge.config import ModelConfig, read_json
 from onevision_edge.errors import OneVisionError
-from onevision_edge.export import EMBEDDING_NAME
 from onevision_edge.export.checkpoint import locate
+from onevision_edge.export.draft import EMBEDDING_NAME
 from onevision_edge.export.graph import build_decoder, build_vision
-from onevision_edge.precision import FP16
+from onevision_edge.precision.plan import default_plan
 
 BLOCK_VALUES = 1 << 22
 SHARD_BYTES = 5_000_000_000
@@ -100,7 +100,8 @@ def tensors(config: ModelConfig, tied: bool) -> list[Tensor]:
     """Every tensor of a checkpoint, by its released name, in the order the graphs use them."""
     text = config.text
     found = [Tensor(EMBEDDING_NAME, (text.vocab_size, text.hidden_size))]
-    for _, weights in (build_vision(config, FP16), build_decoder(config, FP16, max_length=1)):
+    plan = default_plan("float")
+    for _, weights in (build_vision(config, plan), build_decoder(config, plan, max_length=1)):
         found += [Tensor(name, weight.source_shape) for name, weight in weights.by_name.items()]
     return [t for t in found if not (tied and t.name == "lm_head.weight")]
 

@@ -34,16 +34,15 @@ class Size:
     seed: int = 20
 
 
-def write(folder: Path, size: Size) -> int:
-    """Write images/*.png and questions.jsonl; return the number of questions."""
+def write(folder: Path, size: Size, samples: Samples) -> int:
+    """Write images/*.png and questions.jsonl, composed from `samples`; return the number of questions."""
     shutil.rmtree(folder / "images", ignore_errors=True)
     (folder / "images").mkdir(parents=True)
     rng = np.random.default_rng(size.seed)
-    _, held_out = load_samples()
     used: Counter = Counter()
     rows: list[dict] = []
     for index in range(size.singles + size.pairs):
-        scenes = draw_scenes(held_out, pair=index >= size.singles, rng=rng)
+        scenes = draw_scenes(samples, pair=index >= size.singles, rng=rng)
         names = [f"images/{index:03d}{letter}.png" for letter in "ab"[: len(scenes)]]
         for scene, name in zip(scenes, names, strict=True):
             save_png(scene, folder / name)
@@ -91,7 +90,8 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, required=True)
-    count = write(parser.parse_args().output, Size())
+    _, held_out = load_samples()
+    count = write(parser.parse_args().output, Size(), held_out)
     print(f"{count} questions")
 
 

@@ -1,0 +1,179 @@
+"""onevision-edge quantize"""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from .console import print_json, progress, say, size, table
+
+if TYPE_CHECKING:
+    from ..calibration.recipe import Methods
+    from ..engines.targets import Target
+    from ..precision.plan import Plan
+
+# As precision.plan and calibration.recipe have them, which are too heavy to import for --help.
+NAMES = ("float", "int8", "int8-weight", "int4", "int4-block128", "int4-block32", "fp8", "nvfp4")
+CACHES = ("float", "int8")
+OBSERVERS = ("auto", "absmax", "percentile", "entropy", "mse")
+_SWITCHES = ("smoothquant", "awq", "clip", "gptq", "bias-correction")
+_PLAN_OPTIONS = ("precision", "vision", "lm_head", "kv_cache", "dtype")
+
+
+@click.command()
+@click.argument("source")
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory of the bundle to write.")
+@click.option("--precision", type=click.Choice(NAMES), help="Of the decoder's layers.  [default: the target's]")
+@click.option("--target", "target_name", help="What it will run on (a100, jetson-orin, sm89, cpu, ...): sets defaults.")
+@click.option("--vision", type=click.Choice(NAMES), help="Of the tower's blocks and merger.  [default: float]")
+@click.option("--lm-head", type=click.Choice(NAMES), help="Of the product with the vocabulary.  [default: int8-weight]")
+@click.option("--kv-cache", type=click.Choice(CACHES), help="What keys and values are kept in.  [default: float]")
+@click.option(
+    "--dtype",
+    type=click.Choice(["fp32", "fp16", "bf16"]),
+    help="What is not quantised.  [default: fp16; fp32 on a CPU]",
+)
+@click.option("--recipe", type=click.Path(path_type=Path), help="TOML file of rules and methods, instead of these.")
+@click.option(
+    "--calibration",
+    type=click.Path(path_type=Path),
+    help="JSONL file, folder of images, or .npz rows to calibrate on.  [default: the shipped set]",
+)
+@click.option("--calibration-samples", type=click.IntRange(1), help="At most so many of its rows.")
+@click.option("--evaluation", type=click.Path(path_type=Path), help="Rows to measure the result on, of the same kinds.")
+@click.option("--evaluation-samples", type=click.IntRange(1), help="At most so many of its rows.")
+@click.option("--no-evaluate", is_flag=True, help="Do not measure the result; the manifest will say so.")
+@click.option("--observer", type=click.Choice(OBSERVERS), help="Of activation ranges.")
+@click.option("--without", multiple=True, type=click.Choice(_SWITCHES), help="Leave a method out; may be repeated.")
+@click.option("--max-length", type=click.IntRange(1), help="Rows of the KV cache, as for export.")
+@click.option("--max-pixels", type=click.IntRange(1), help="Larger images are shrunk to this in calibration.")
+@click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+@click.option("--threads", type=click.IntRange(1))
+@click.option("--overwrite", is_flag=True, help="Replace the bundle if it exists.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and what it will take, and stop.")
+@click.option("--json", "as_json", is_flag=True, help="Print the bundle's manifest, or the plan with --dry-run.")
+def quantize(
+    source: str,
+    output: Path | None,
+    target_name: str | None,
+    recipe: Path | None,
+    without: tuple[str, ...],
+    observer: str | None,
+    no_evaluate: bool,
+    dry_run: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Write a checkpoint as a bundle of quantised ONNX graphs, calibrated on images.
+
+    SOURCE is a checkpoint as for export, or a full-precision bundle. Interrupted, the same command goes on where
+    it was. The bundle's distance from full precision is measured on rows it was not calibrated on.
+    """
+    asked = {name: options.pop(name) for name in _PLAN_OPTIONS}
+    if output is None and not dry_run:
+        raise click.UsageError("Missing option '-o' / '--output'.")
+    target = _target(target_name)
+    plan, methods = _plan(asked, target, recipe, observer, without)
+    if target is not None:
+        from ..engines.targets import check
+
+        check(plan, target)
+    if dry_run:
+        _show(source, plan, methods, options["max_length"], as_json)
+        return
+    run_quantize(source, output, plan, methods, evaluate=not no_evaluate, as_json=as_json, **options)
+
+
+def run_quantize(
+    source: str, output: Any, plan: "Plan", methods: "Methods", as_json: bool = False, **options: Any
+) -> None:
+    """Quantise with progress bars, and say what was written and how far it is from full precision."""
+    from ..calibration.quantize import quantize as quantize_bundle
+
+    bundle = quantize_bundle(source, output, plan=plan, methods=methods, phases=progress, **options)
+    if as_json:
+        print_json(bundle.manifest.to_dict())
+    total = sum(spec.size for spec in bundle.manifest.files.values())
+    say(f"wrote {output}: {plan.name}, {size(total)}")
+    say(quality_text(bundle.manifest.quality))
+
+
+def quality_text(quality: Any) -> str:
+    """A bundle's quality in a line."""
+    if quality is None:
+        return "quality: not measured"
+    rows = f"{quality['samples']} rows of the {quality['data']}"
+    text = f"KLD {quality['kld']:.2e} nats, top-1 agreement {100 * quality['top1_agreement']:.2f} %"
+    if quality["accuracy"] is not None:
+        exact, reference = 100 * quality["accuracy"], 100 * quality["accuracy_reference"]
+        text += f", exact answers {exact:.1f} % (full precision {reference:.1f} %)"
+    return f"{text}; on {rows}"
+
+
+def _target(name: str | None) -> "Target | None":
+    if name is None:
+        return None
+    from ..engines.targets import target
+
+    return target(name)
+
+
+def _plan(
+    asked: dict[str, Any], target: "Target | None", recipe: Path | None, observer: str | None, without: tuple[str, ...]
+) -> tuple["Plan", "Methods"]:
+    """The plan and the methods that the options ask for."""
+    _need_export()
+    from ..calibration.recipe import Methods, Recipe
+
+    if recipe is not None:
+        given = [f"--{name.replace('_', '-')}" for name, value in asked.items() if value is not None]
+        if given:
+            raise click.UsageError(f"--recipe says it all: leave {', '.join(given)} out")
+        found = Recipe.read(recipe)
+        plan, methods = found.plan, found.methods
+    else:
+        plan, methods = _default(asked, target), Methods()
+    changes: dict[str, Any] = {name.replace("-", "_"): False for name in without}
+    if observer is not None:
+        changes["observer"] = observer
+    return plan, replace(methods, **changes)
+
+
+def _default(asked: dict[str, Any], target: "Target | None") -> "Plan":
+    from ..precision.plan import default_plan
+
+    if asked["precision"] is None and target is None:
+        raise click.UsageError("give --precision, or --target to take that target's")
+    dtype = asked["dtype"] or (target.dtype if target else "fp16")
+    options = {name: asked[name] for name in ("vision", "lm_head", "kv_cache") if asked[name] is not None}
+    if asked["precision"] is None and target is not None and not options:
+        from ..engines.targets import recommended
+
+        return replace(recommended(target), dtype=dtype)
+    return default_plan(asked["precision"] or target.decoder, dtype, **options)  # type: ignore[union-attr]
+
+
+def _need_export() -> None:
+    from ..errors import OneVisionError
+
+    try:
+        import onnxscript  # noqa: F401
+    except ImportError as error:
+        raise OneVisionError(f"quantisation needs {error.name}: pip install 'onevision-edge[export]'") from error
+
+
+def _show(source: str, plan: "Plan", methods: "Methods", max_length: int | None, as_json: bool) -> None:
+    """Print the plan, with what its rules come to for this checkpoint."""
+    from ..export.checkpoint import Checkpoint
+    from ..export.draft import Draft
+
+    draft = Draft.make(Checkpoint.open(source), plan, max_length)
+    rows = draft.summary()
+    if as_json:
+        modules = [{"modules": m, "precision": p, "bytes": n, "reason": r} for m, p, n, r in rows]
+        print_json({"plan": plan.to_dict(), "methods": methods.to_dict(), "bytes": draft.nbytes, "modules": modules})
+        return
+    cells = [(modules, precision, size(count), reason) for modules, precision, count, reason in rows]
+    click.echo(table(cells, ("modules", "precision", "size", "because")))
+    click.echo(f"\n{plan.name}: {size(draft.nbytes)} in all; KV cache {plan.kv_cache}; everything else {plan.dtype}")
