@@ -1,7 +1,6 @@
 """The product with the vocabulary: by far the largest matrix, so it is read once and never held whole in float32."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ from ..export.checkpoint import Checkpoint
 from ..export.layers import ACTIVATION_CODES
 from ..precision import float_format
 from ..precision.codes import INT8, floats
-from ..precision.formats import FORMATS, choose_scale, quantize_with
+from ..precision.formats import FORMATS, Quantized, choose_scale, quantize_with
 from ..precision.plan import Plan
 from ..precision.scales import symmetric
 from . import awq, smoothquant
@@ -34,6 +33,8 @@ class Head:
         self.seed, self.eps, self.width = seed, text.rms_norm_eps, text.hidden_size
         self.norm = floats(checkpoint.read(NORM))
         self.seen: Statistics | None = None
+        self.quantized: Quantized | None = None
+        self.scale, self.largest = np.ones(self.width, np.float32), 0.0
 
     def normalized(self, rows: np.ndarray) -> np.ndarray:
         """RMSNorm of rows [n, D], in float32."""
@@ -56,18 +57,19 @@ class Head:
         if strength is not None:
             values[NORM] = self.norm / scale
             matrix = floats(matrix) * scale[:, None]
-        sample, largest = self.seen.sample / scale, 0.0
+        sample, self.scale = self.seen.sample / scale, scale
         if self.precision.activation:
             extremes = float((self.seen.absmax / scale).max())
-            largest = clip_of(sample, extremes, self.precision.activation, self.methods, strength is not None)
+            self.largest = clip_of(sample, extremes, self.precision.activation, self.methods, strength is not None)
             codes = ACTIVATION_CODES[self.precision.activation]
-            values[f"{PATH}.input_scale"] = symmetric(largest, codes, self.fmt).astype(np.float32)
+            values[f"{PATH}.input_scale"] = symmetric(self.largest, codes, self.fmt).astype(np.float32)
         note: dict[str, Any] = {"precision": self.precision.name}
         if self.precision.format is not None:
-            values |= self._codes(matrix, scale)
+            self.quantized = self._codes(matrix, scale)
+            values |= stored(PATH, self.quantized)
         if strength is not None:
             note["strength"] = strength
-        note["snr_db"] = self._snr(matrix, sample, largest)
+        note["snr_db"] = self._snr(matrix, sample)
         return values, {PATH: note}
 
     def _migrate(self, matrix: np.ndarray) -> tuple[float | None, np.ndarray]:
@@ -83,31 +85,42 @@ class Head:
         sample = self.seen.sample[spread(len(self.seen.sample), 512)]
         return search(sample, self.seen.absmax, [Product(self.precision, columns)], found, gain)
 
-    def _codes(self, matrix: np.ndarray, scale: np.ndarray) -> dict[str, np.ndarray]:
+    def _codes(self, matrix: np.ndarray, scale: np.ndarray) -> Quantized:
         assert self.seen is not None
         form = FORMATS[str(self.precision.format)]
         importance = self.seen.mean_square() / np.square(scale) if self.methods.clip else None
         chosen = choose_scale(matrix, form, self.fmt, search_scales=self.methods.clip, importance=importance, name=PATH)
-        return stored(PATH, quantize_with(matrix, form, chosen, PATH))
+        return quantize_with(matrix, form, chosen, PATH)
 
-    def _snr(self, matrix: np.ndarray, sample: np.ndarray, largest: float) -> float:
+    def _snr(self, matrix: np.ndarray, sample: np.ndarray) -> float:
         """Signal to noise of some logits, in decibels."""
-        columns = floats(matrix[:, spread(matrix.shape[1], _COLUMNS)])
+        places = spread(matrix.shape[1], _COLUMNS)
+        columns = floats(matrix[:, places])
         exact, rounded, worth = sample @ columns, sample, columns
         if self.precision.activation:
-            rounded = fake_quantize(sample, largest, ACTIVATION_CODES[self.precision.activation])
-        if self.precision.format is not None:
-            form = FORMATS[self.precision.format]
-            worth = quantize_with(columns, form, choose_scale(columns, form, self.fmt)).dequantize().astype(np.float32)
+            rounded = fake_quantize(sample, self.largest, ACTIVATION_CODES[self.precision.activation])
+        if self.quantized is not None:
+            worth = self.quantized.columns(places).dequantize().astype(np.float32)
         noise = np.square(rounded @ worth - exact, dtype=np.float64).sum()
         return round(10 * float(np.log10(np.square(exact, dtype=np.float64).sum() / max(noise, 1e-30))), 2)
 
-    def write_logits(self, rows: np.ndarray, path: Path) -> None:
-        """The full-precision logits of rows [n, D] of the last layer's output: float32 [n, vocab] in a file."""
-        x, vocab = self.normalized(rows), self.checkpoint.config.text.vocab_size
-        logits = np.lib.format.open_memmap(path, "w+", np.float32, (len(x), vocab))
-        start = 0
+    def exact_logits(self, rows: np.ndarray, out: np.ndarray) -> np.ndarray:
+        """Full-precision logits of rows [n, D] of the last layer's output, into float32 [n, vocab]."""
+        x, start = self.normalized(rows), 0
         for slab in self.checkpoint.read_rows(self.checkpoint.head_name, _SLAB):
-            logits[:, start : start + len(slab)] = x @ floats(slab).T
+            out[:, start : start + len(slab)] = x @ floats(slab).T
             start += len(slab)
-        logits.flush()
+        return out
+
+    def logits(self, rows: np.ndarray) -> np.ndarray:
+        """Logits of rows [n, D], float32 [n, vocab]: as solved, or in full precision where nothing was."""
+        out = np.empty((len(rows), self.checkpoint.config.text.vocab_size), np.float32)
+        if self.quantized is None:
+            return self.exact_logits(rows, out)
+        x = self.normalized(rows) / self.scale
+        if self.precision.activation:
+            x = fake_quantize(x, self.largest, ACTIVATION_CODES[self.precision.activation])
+        for start in range(0, out.shape[1], _SLAB):
+            part = slice(start, min(start + _SLAB, out.shape[1]))
+            out[:, part] = x @ self.quantized.columns(part).dequantize().astype(np.float32)
+        return out

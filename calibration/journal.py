@@ -33,9 +33,18 @@ class Journal:
         if found is not None and found.get("key") == key:
             self._state = found
         else:
-            for entry in directory.iterdir():
-                shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+            self._sweep()
         self.resumed = len(self._state["finished"])
+
+    def restart_unless(self, stage: str) -> None:
+        """Begin anew where a stage is not done: for work whose middle cannot be picked up."""
+        if not self.finished(stage):
+            self._sweep()
+
+    def _sweep(self) -> None:
+        self._state = {"key": self._state["key"], "finished": [], "notes": {}, "stream": None}
+        for entry in self.directory.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
 
     def finished(self, stage: str) -> bool:
         """Whether a stage is done."""
@@ -56,7 +65,14 @@ class Journal:
 
     def new_stream(self, stage: str, rows: int, width: int) -> np.memmap:
         """A file to fill with the activations after `stage`."""
-        return np.lib.format.open_memmap(self.path(_file(stage, "stream.npy")), "w+", np.float32, (rows, width))
+        return self.new_array(_file(stage, "stream.npy"), (rows, width))
+
+    def new_array(self, name: str, shape: tuple[int, ...]) -> np.memmap:
+        """A mapped float32 file to fill. Its room is taken at once: where a page of it finds none, SIGBUS kills us."""
+        array = np.lib.format.open_memmap(self.path(name), "w+", np.float32, shape)
+        with open(self.path(name), "rb+") as file:
+            os.posix_fallocate(file.fileno(), 0, os.fstat(file.fileno()).st_size)
+        return array
 
     def finish(
         self, stage: str, values: Mapping[str, np.ndarray], notes: Mapping[str, Any], stream: np.memmap | None = None
@@ -105,6 +121,9 @@ class FinishedValues(Mapping[str, np.ndarray]):
         with np.load(self._places[name]) as file:
             return file[name]
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._places  # Mapping's own would read the array
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._places)
 
@@ -113,20 +132,16 @@ class FinishedValues(Mapping[str, np.ndarray]):
 
 
 @contextmanager
-def journal(destination: Path, key: Mapping[str, Any]) -> Iterator[Journal]:
+def journal(destination: Path, key: Mapping[str, Any], purpose: str = "quantizing") -> Iterator[Journal]:
     """The journal of a quantisation to `destination`, removed when it ends well and kept when it does not.
 
     Raises OneVisionError where another process is at it, and when the disk is full.
     """
-    directory = destination.parent / f".{destination.name}.quantizing"
-    lock = None
+    directory = destination.parent / f".{destination.name}.{purpose}"
+    lock = _claim(directory, destination)
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        lock = os.open(directory, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield Journal(directory, _digest(key))
-    except BlockingIOError:
-        raise OneVisionError(f"{directory}: another process is quantising to this place; wait for it to end") from None
+        shutil.rmtree(directory, ignore_errors=True)  # before the lock goes: the next one's files are not ours
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -135,9 +150,22 @@ def journal(destination: Path, key: Mapping[str, Any]) -> Iterator[Journal]:
             "same command to go on"
         ) from error
     finally:
-        if lock is not None:
-            os.close(lock)
-    shutil.rmtree(directory, ignore_errors=True)
+        os.close(lock)
+
+
+def _claim(directory: Path, destination: Path) -> int:
+    """The journal's directory, made where it is missing, for this process alone: its locked descriptor."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        lock = os.open(directory, os.O_RDONLY)
+    except OSError as error:
+        raise OneVisionError(f"{destination}: cannot be written: {error.strerror}") from error
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise OneVisionError(f"{directory}: another process is quantising to this place; wait for it to end") from None
+    return lock
 
 
 def _file(stage: str, suffix: str) -> str:

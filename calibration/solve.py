@@ -4,7 +4,7 @@ For each activation (a tap) in turn: a scale on its channels, searched and taken
 scale of its codes; then each Linear that reads it: the scales of its weights, its codes, its bias.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -41,19 +41,26 @@ class Group:
     feeds: Mapping[str, Sequence[str]]  # tap: the Linears that read it
     folds: Mapping[str, Fold]
     statistics: Mapping[str, Statistics]
+    named: Callable[[str], str] = str  # what messages call a name of the graph
 
 
 @dataclass
 class Solved:
-    """values: of the parameters whose values are not the checkpoint's. notes: what was found, for the manifest."""
+    """values: of the parameters whose values are not the checkpoint's. notes: what was found, for the manifest.
+
+    worth: where it is asked for, what the codes of each Linear's weights are worth, float32 [in, out].
+    """
 
     values: dict[str, np.ndarray] = field(default_factory=dict)
     notes: dict[str, dict[str, float | str]] = field(default_factory=dict)
+    worth: dict[str, np.ndarray] | None = None
 
 
-def solve(group: Group, methods: Methods, fmt: FloatFormat, int8_cache: bool = False) -> Solved:
+def solve(
+    group: Group, methods: Methods, fmt: FloatFormat, int8_cache: bool = False, keep_worth: bool = False
+) -> Solved:
     """Everything that is not the checkpoint's as it is. Replaces arrays in group.weights by folded ones."""
-    solved, before = Solved(), dict(group.weights)
+    solved, before = Solved(worth={} if keep_worth else None), dict(group.weights)
     migrated = {tap: _migrate(group, tap, methods) for tap in group.feeds if _wanted(group, tap)}
     for tap, (_, scale) in migrated.items():
         _fold(group, tap, scale)
@@ -173,6 +180,8 @@ class _Reader:
             quantized = self._codes(path, weights, precision)
             solved.values |= stored(path, quantized)
             worth = quantized.dequantize().astype(np.float32)
+            if solved.worth is not None:
+                solved.worth[f"{path}.weight"] = worth
         exact = self.sample @ weights
         error = self._rounded(precision) @ worth - exact
         if f"{path}.bias" in self.group.weights and self.methods.bias_correction:
@@ -191,7 +200,7 @@ class _Reader:
         return fake_quantize(self.sample, self.largest(precision.activation), ACTIVATION_CODES[precision.activation])
 
     def _codes(self, path: str, weights: np.ndarray, precision: Precision) -> Quantized:
-        form, name = FORMATS[str(precision.format)], f"{path}.weight"
+        form, name = FORMATS[str(precision.format)], self.group.named(f"{path}.weight")
         if self.methods.clip and form.block and self.gram is not None:
             scale = clip_scales(weights, form, self.fmt, self._gram_blocks(form.block), name)
         else:

@@ -178,7 +178,7 @@ class Stage:
     def load(self, weights: Arrays) -> None:
         """Give the weights, by their names in the stage's graph: float32 as the graph stores them."""
         self._binding = self._session.io_binding()
-        self._held = {name: np.ascontiguousarray(weights[name]) for name in self.parameters}
+        self._held = {name: np.asarray(weights[name], order="C") for name in self.parameters}
         for name, values in self._held.items():
             if values.dtype != np.float32 or values.shape != self.parameters[name].stored_shape:
                 raise ValueError(f"{name}: {values.dtype} {values.shape}")

@@ -8,6 +8,7 @@ full-precision model's own answers to them are known at the end.
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
@@ -108,7 +109,7 @@ class Walk:
             outputs = stage.run(item.inputs, bool(group.statistics))
             stream[item.rows] = outputs[kind.outputs[0]][0]
             if item.calibrating:
-                _watch(group, outputs)
+                _watch(group, outputs, kind, index)
             self._report(label, item.rows.stop / rows / 2)
         self._finish(label, stage, index, group, stream)
 
@@ -127,7 +128,7 @@ class Walk:
                     outputs = stage.run(self._pixel_inputs(segment, values), bool(group.statistics))
                     stream[segment.rows] = outputs["x"][0]
                     if segment.calibrating:
-                        _watch(group, outputs)
+                        _watch(group, outputs, STEM, 0)
         self._finish(label, stage, 0, group, stream)
 
     def _pixel_inputs(self, segment: Segment, values: np.ndarray) -> dict[str, np.ndarray]:
@@ -158,17 +159,21 @@ class Walk:
 
     def _stitch(self) -> None:
         """Embeddings of every row's tokens, image embeddings in their places."""
-        width, images = self.config.text.hidden_size, None
-        if self.itinerary.segments:
-            images = self.journal.stream()
-        stream = self.journal.new_stream("embeddings", self.itinerary.tokens, width)
-        table = self._embeddings()
+        images = self.journal.stream() if self.itinerary.segments else None
+        stream = self._new_embeddings("embeddings")
+        self._fill_embeddings(self._embeddings(), images, stream)
+        self.journal.finish("embeddings", {}, {}, stream)
+
+    def _new_embeddings(self, name: str) -> np.memmap:
+        return self.journal.new_stream(name, self.itinerary.tokens, self.config.text.hidden_size)
+
+    def _fill_embeddings(self, table: Mapping[int, np.ndarray], images: np.ndarray | None, stream: np.ndarray) -> None:
+        """Every row's tokens, from the table and from what the merger gave."""
         for prompt in self.itinerary.prompts:
             rows = np.stack([table[i] for i in prompt.ids.tolist()])
             if images is not None:
                 rows[prompt.media_places] = images[prompt.media]
             stream[prompt.rows] = rows
-        self.journal.finish("embeddings", {}, {}, stream)
 
     def _embeddings(self) -> dict[int, np.ndarray]:
         """Rows of the embedding table that occur, from one pass over it."""
@@ -204,7 +209,11 @@ class Walk:
         values, notes = head.solve()
         evaluated = [stream[p.rows][p.scored.positions] for p in prompts if not p.calibrating]
         if evaluated:
-            head.write_logits(np.concatenate(evaluated), self.journal.path(REFERENCE))
+            rows = np.concatenate(evaluated)
+            shape = (len(rows), self.config.text.vocab_size)
+            logits = self.journal.new_array(REFERENCE, shape)
+            head.exact_logits(rows, logits)
+            logits.flush()
         self.journal.finish("lm_head", values, notes)
 
     # What all stages have in common.
@@ -225,14 +234,18 @@ class Walk:
         for tap, paths in stage.taps.items():
             own = [precisions[path] for path in paths]
             if self._looks_at(tap, own):
-                seed, gram = self._seed(kind.place(tap, index)), wants_gram(own, self.methods)
+                seed, gram = self._seed(kind.place(tap, index)), self._wants_gram(own)
                 seen[tap] = Statistics(stage.channels(tap), rows, self.methods.samples, seed, gram)
-        return Group(self._weights(stage, index), precisions, stage.taps, folds(kind, self.config), seen)
+        named = partial(kind.place, index=index)
+        return Group(self._weights(stage, index), precisions, stage.taps, folds(kind, self.config), seen, named)
 
     def _looks_at(self, tap: str, precisions: Sequence[Precision]) -> bool:
         if tap in (KEYS, VALUES):
             return self.plan.kv_cache != "float"
         return any(precision is not FLOAT for precision in precisions)
+
+    def _wants_gram(self, precisions: Sequence[Precision]) -> bool:
+        return wants_gram(precisions, self.methods)
 
     def _weights(self, stage: Stage, index: int) -> dict[str, np.ndarray]:
         """The stage's parameters in float32, as its graph stores them."""
@@ -275,9 +288,9 @@ def _label(name: str) -> str:
     return "embeddings" if name == EMBEDDING_NAME else "lm_head"
 
 
-def _watch(group: Group, outputs: Mapping[str, np.ndarray]) -> None:
+def _watch(group: Group, outputs: Mapping[str, np.ndarray], kind: Kind, index: int) -> None:
     for tap, seen in group.statistics.items():
         values = outputs[tap]
         if tap in (KEYS, VALUES):  # heads first: [1, heads, tokens, head_dim]
             values = values.transpose(0, 2, 1, 3)
-        seen.update(values, tap)
+        seen.update(values, kind.place(tap, index))

@@ -19,12 +19,39 @@ CACHES = ("float", "int8")
 OBSERVERS = ("auto", "absmax", "percentile", "entropy", "mse")
 _SWITCHES = ("smoothquant", "awq", "clip", "gptq", "bias-correction")
 _PLAN_OPTIONS = ("precision", "vision", "lm_head", "kv_cache", "dtype")
+_UNITS = {"GB": 1e9, "MB": 1e6, "kB": 1e3, "B": 1.0}
+
+
+def _bytes(context: click.Context, option: click.Parameter, value: str | None) -> int | None:
+    """A size such as 2.5GB."""
+    return None if value is None else int(_quantity(value, _UNITS))
+
+
+def _seconds(context: click.Context, option: click.Parameter, value: str | None) -> float | None:
+    """A time such as 15ms."""
+    return None if value is None else _quantity(value, {"ms": 1e-3, "s": 1.0})
+
+
+def _quantity(value: str, units: dict[str, float]) -> float:
+    for unit, scale in units.items():
+        number = value.strip().removesuffix(unit)
+        if number != value.strip():
+            try:
+                if float(number) > 0:
+                    return float(number) * scale
+            except ValueError:
+                break
+    raise click.BadParameter(f"{value!r} is not a positive number with its unit, {' or '.join(units)}")
 
 
 @click.command()
 @click.argument("source")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Directory of the bundle to write.")
-@click.option("--precision", type=click.Choice(NAMES), help="Of the decoder's layers.  [default: the target's]")
+@click.option(
+    "--precision",
+    type=click.Choice([*NAMES, "auto"]),
+    help="Of the decoder's layers; auto: searched, under a budget.  [default: the target's]",
+)
 @click.option("--target", "target_name", help="What it will run on (a100, jetson-orin, sm89, cpu, ...): sets defaults.")
 @click.option("--vision", type=click.Choice(NAMES), help="Of the tower's blocks and merger.  [default: float]")
 @click.option("--lm-head", type=click.Choice(NAMES), help="Of the product with the vocabulary.  [default: int8-weight]")
@@ -33,6 +60,14 @@ _PLAN_OPTIONS = ("precision", "vision", "lm_head", "kv_cache", "dtype")
     "--dtype",
     type=click.Choice(["fp32", "fp16", "bf16"]),
     help="What is not quantised.  [default: fp16; fp32 on a CPU]",
+)
+@click.option("--budget-size", callback=_bytes, metavar="SIZE", help="With auto: of the bundle, such as 2.5GB.")
+@click.option("--budget-kld", type=float, help="With auto: nats, from full precision.")
+@click.option(
+    "--budget-latency", callback=_seconds, metavar="TIME", help="With auto: of a decode step on --target, 15ms."
+)
+@click.option(
+    "--candidates", help="With auto: precisions to choose from.  [default: float,int8-weight,int4, nvfp4 if built]"
 )
 @click.option("--recipe", type=click.Path(path_type=Path), help="TOML file of rules and methods, instead of these.")
 @click.option(
@@ -63,6 +98,10 @@ def quantize(
     no_evaluate: bool,
     dry_run: bool,
     as_json: bool,
+    budget_size: int | None,
+    budget_kld: float | None,
+    budget_latency: float | None,
+    candidates: str | None,
     **options: Any,
 ) -> None:
     """Write a checkpoint as a bundle of quantised ONNX graphs, calibrated on images.
@@ -74,6 +113,17 @@ def quantize(
     if output is None and not dry_run:
         raise click.UsageError("Missing option '-o' / '--output'.")
     target = _target(target_name)
+    budgets = (budget_size, budget_kld, budget_latency)
+    if asked["precision"] == "auto":
+        if dry_run or recipe is not None or asked["vision"] or asked["lm_head"]:
+            raise click.UsageError("--precision auto searches: leave --dry-run, --recipe, --vision and --lm-head out")
+        budget = _budget(source, budgets, target)
+        methods = _methods(observer, without)
+        options["evaluate"], asked = not no_evaluate, {**asked, "candidates": candidates}
+        run_auto(source, output, budget, target, asked, methods, as_json, **options)
+        return
+    if candidates is not None or any(budget is not None for budget in budgets):
+        raise click.UsageError("a budget and candidates are for --precision auto")
     plan, methods = _plan(asked, target, recipe, observer, without)
     if target is not None:
         from ..engines.targets import check
@@ -97,6 +147,72 @@ def run_quantize(
     total = sum(spec.size for spec in bundle.manifest.files.values())
     say(f"wrote {output}: {plan.name}, {size(total)}")
     say(quality_text(bundle.manifest.quality))
+
+
+def run_auto(
+    source: str,
+    output: Any,
+    budget: Any,
+    target: "Target | None",
+    asked: dict[str, Any],
+    methods: "Methods",
+    as_json: bool,
+    max_length: int | None,
+    overwrite: bool,
+    threads: int | None,
+    **data: Any,
+) -> None:
+    """Search under a budget, quantise, and show what was found: sensitivities, choice, frontier."""
+    from ..calibration.auto import CANDIDATES, FRONTIER_FILE, search_and_quantize
+    from ..calibration.data import DataOptions
+
+    names = (asked["candidates"] or ",".join(_offered(CANDIDATES, target))).split(",")
+    bundle, search = search_and_quantize(
+        source,
+        output,
+        budget,
+        candidates=[name.strip() for name in names],
+        dtype=asked["dtype"] or (target.dtype if target else "fp16"),
+        kv_cache=asked["kv_cache"] or "float",
+        methods=methods,
+        data=DataOptions(**data),
+        max_length=max_length,
+        overwrite=overwrite,
+        threads=threads,
+        phases=progress,
+    )
+    if as_json:
+        print_json(bundle.manifest.to_dict())
+    else:
+        click.echo(table(*search.table()) + "\n\n" + search.plot())
+    total = sum(spec.size for spec in bundle.manifest.files.values())
+    say(f"wrote {output}: auto, {size(total)}; the frontier as a picture: {output / FRONTIER_FILE}")
+    say(quality_text(bundle.manifest.quality))
+
+
+def _offered(candidates: tuple[str, ...], target: "Target | None") -> list[str]:
+    """The precisions to choose from: what the target builds, NVFP4 among them."""
+    if target is None:
+        return list(candidates)
+    needs = {"int8-weight": "int8", "int4": "int4", "nvfp4": "nvfp4"}
+    return [name for name in (*candidates, "nvfp4") if name == "float" or needs[name] in target.precisions]
+
+
+def _budget(source: str, budgets: tuple[int | None, float | None, float | None], target: "Target | None") -> Any:
+    """The one budget that was given. A latency is that of reading the decoder's weights once."""
+    size_, kld, latency = budgets
+    if sum(budget is not None for budget in budgets) != 1:
+        raise click.UsageError("--precision auto needs one of --budget-size, --budget-kld, --budget-latency")
+    _need_export()
+    from ..calibration.auto import Budget
+
+    if latency is None:
+        return Budget(size_, kld)
+    if target is None:
+        raise click.UsageError("--budget-latency is a device's: name it with --target")
+    from ..engines.roofline import decode_bytes
+
+    return Budget(decoder=decode_bytes(latency, target))
 
 
 def quality_text(quality: Any) -> str:
@@ -134,10 +250,20 @@ def _plan(
         plan, methods = found.plan, found.methods
     else:
         plan, methods = _default(asked, target), Methods()
+    return plan, _changed(methods, observer, without)
+
+
+def _methods(observer: str | None, without: tuple[str, ...]) -> "Methods":
+    from ..calibration.recipe import Methods
+
+    return _changed(Methods(), observer, without)
+
+
+def _changed(methods: "Methods", observer: str | None, without: tuple[str, ...]) -> "Methods":
     changes: dict[str, Any] = {name.replace("-", "_"): False for name in without}
     if observer is not None:
         changes["observer"] = observer
-    return plan, replace(methods, **changes)
+    return replace(methods, **changes)
 
 
 def _default(asked: dict[str, Any], target: "Target | None") -> "Plan":

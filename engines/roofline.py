@@ -21,6 +21,13 @@ def decode_seconds(weight_bytes: int, kv_bytes: int, target: Target) -> float:
     return (weight_bytes + kv_bytes) / target.bandwidth
 
 
+def decode_bytes(seconds: float, target: Target) -> int:
+    """Bytes that a decode step can read in so many seconds: the inverse of `decode_seconds`."""
+    if target.bandwidth is None:
+        raise _unmeasured(target, "bandwidth")
+    return int(seconds * target.bandwidth)
+
+
 def prefill_seconds(macs: Mapping[str, float], target: Target) -> float:
     """Seconds of so many multiply-adds, by what they are computed in (see `arithmetic`), one kind after the other.
 

@@ -75,6 +75,12 @@ class Draft:
         text = self.source.config.text
         return weights + (text.vocab_size * text.hidden_size * self.fmt.itemsize if "decoder" in self.graphs else 0)
 
+    def matrices(self, part: str) -> list[tuple[str, tuple[int, int]]]:
+        """Path and shape [in, out] of every Linear of a graph."""
+        _, parameters = self.graphs[part]
+        found = ((n.rpartition(".")[0], w.stored_shape) for n, w in parameters.by_name.items() if w.transposed)
+        return [(path, (shape[0], shape[1])) for path, shape in found]
+
     def summary(self) -> list[tuple[str, str, int, str]]:
         """What the plan comes to: modules (layers' numbers left out), precision, bytes, the rule's reason."""
         found: dict[tuple[str, str, str], int] = {}

@@ -6,7 +6,8 @@ NVIDIA's TensorRT documentation, "Quantization Schemes" (INT8, INT4, FP8), and "
 (blocks of 16, FP8 block scales, one FP32 scale of the tensor, max / (6 * 448)).
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -36,6 +37,11 @@ class Format:
     def scale_shape(self, shape: tuple[int, int]) -> tuple[int, ...]:
         """The shape of the scale of a matrix [in, out]."""
         return () if self.pooled else (shape[0] // self.block, shape[1]) if self.block else (shape[1],)
+
+    def nbytes(self, shape: tuple[int, int], fmt: FloatFormat) -> int:
+        """Bytes of a matrix [in, out] and its scales, for a graph that computes in `fmt`."""
+        codes, scales = (shape[0] * shape[1] * self.codes.bits + 7) // 8, math.prod(self.scale_shape(shape))
+        return codes + (scales + FP32.itemsize if self.two_level else scales * fmt.itemsize)
 
     def rows(self, inputs: int, name: str = "weights") -> int:
         """Rows in a group of a matrix with `inputs` rows.
@@ -110,6 +116,11 @@ class Quantized:
                 values.shape
             )
         return result
+
+    def columns(self, places: slice | np.ndarray) -> "Quantized":
+        """Some of its columns."""
+        stored = self.scale.stored if self.format.pooled else self.scale.stored[..., places]
+        return Quantized(self.format, self.codes[:, places], replace(self.scale, stored=stored))
 
     @property
     def nbytes(self) -> int:

@@ -19,8 +19,10 @@ import json
 import os
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from typing import Any, NoReturn
 
 import jinja2
@@ -269,13 +271,11 @@ def _plain(value: Any, where: str) -> Any:
 
 def _render_text(template: str, messages: list[dict[str, Any]], add_generation_prompt: bool) -> str:
     try:
-        pieces = (
-            _Sandbox()
-            .program(template)
-            .generate(messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None)
-        )
-        text = ""
-        for piece in pieces:
+        _bounds.set(_Bounds())
+        program, text = _program(template), ""
+        for piece in program.generate(
+            messages=messages, add_generation_prompt=add_generation_prompt, tools=None, documents=None
+        ):
             text += piece
             if len(text) > _MAX_TEXT:
                 raise OneVisionError(f"the chat template renders more than {_MAX_TEXT:,} characters")
@@ -289,8 +289,33 @@ def _render_text(template: str, messages: list[dict[str, Any]], add_generation_p
         raise OneVisionError(f"the chat template failed{place}: {detail[:300]}") from None
 
 
+class _Bounds:
+    """What one rendering may still do."""
+
+    def __init__(self) -> None:
+        self.steps = 0
+        self.deadline = time.monotonic() + _MAX_SECONDS
+
+    def step(self) -> None:
+        """Count an iteration or a call."""
+        self.steps += 1
+        if self.steps > _MAX_STEPS or time.monotonic() > self.deadline:
+            raise OneVisionError(
+                f"the chat template does not end within {_MAX_STEPS:,} steps and {_MAX_SECONDS:g} seconds"
+            )
+
+
+_bounds: ContextVar[_Bounds] = ContextVar("bounds")  # of the rendering under way in this thread or task
+
+
+@lru_cache(maxsize=16)
+def _program(template: str) -> jinja2.Template:
+    """A template compiled, which takes ten times as long as to render it."""
+    return _Sandbox().program(template)
+
+
 class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
-    """The environment that Hugging Face's templates are written for, for one rendering, and its bounds."""
+    """The environment that Hugging Face's templates are written for."""
 
     intercepted_binops = frozenset(("*", "**"))
 
@@ -298,8 +323,6 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         super().__init__(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
         self.filters |= {"tojson": _tojson, "counted": self._counted}
         self.globals |= {"raise_exception": _raise_exception, "strftime_now": _strftime_now}
-        self._steps = 0
-        self._deadline = time.monotonic() + _MAX_SECONDS
 
     def program(self, template: str) -> jinja2.Template:
         """Compile `template`, with every loop's iterations counted."""
@@ -309,20 +332,13 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         tree.set_environment(self)
         return self.from_string(tree)
 
-    def _step(self) -> None:
-        self._steps += 1
-        if self._steps > _MAX_STEPS or time.monotonic() > self._deadline:
-            raise OneVisionError(
-                f"the chat template does not end within {_MAX_STEPS:,} steps and {_MAX_SECONDS:g} seconds"
-            )
-
     def _counted(self, values: Iterable[Any]) -> Iterator[Any]:
         for value in values:
-            self._step()
+            _bounds.get().step()
             yield value
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
-        self._step()
+        _bounds.get().step()
         return super().call(*args, **kwargs)
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
