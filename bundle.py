@@ -310,7 +310,8 @@ def writing(
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(staging).free
             raise OneVisionError(
-                f"{target}: the disk is full ({_size(free)} free); nothing was kept, free some room and try again"
+                f"{target}: the disk is full ({_size(free)} free); nothing of the bundle was kept, free some room and "
+                "try again"
             ) from error
         raise OneVisionError(f"{target}: cannot be written: {error.strerror or error}") from error
     finally:

@@ -178,22 +178,32 @@ class Model(nn.Module):
 
     def mask(self, op: Op, position_ids: Value, valid_length: Value) -> Value:
         """Which cache rows each token sees: bool [batch, 1, tokens, valid_length]."""
-        rows = op.Range(0, op.Squeeze(valid_length, [0]), 1)
-        rows.shape = ir.Shape(["valid_length"])
+        rows = numbers_below(op, valid_length, "valid_length")
         return op.LessOrEqual(rows, op.Unsqueeze(position_ids, [1, 3]))
 
     def cache_rows(self, op: Op, position_ids: Value, write_indices: Value) -> Value:
         """Where in [batch, kv_heads, max_length, head_dim] the new rows go: int64 [batch, kv_heads, tokens, 3]."""
         heads = self.c.num_key_value_heads
         tokens, batch = op.Shape(position_ids, start=1, end=2), op.Shape(position_ids, start=0, end=1)
-        rows = op.Add(op.Unsqueeze(write_indices, [1]), op.Range(0, op.Squeeze(tokens, [0]), 1))
-        sequences = op.Range(0, op.Squeeze(batch, [0]), 1)
+        rows = op.Add(op.Unsqueeze(write_indices, [1]), numbers_below(op, tokens, "tokens"))
+        sequences = numbers_below(op, batch, "batch")
         head = op.initializer(ir.tensor(np.arange(heads).reshape(1, heads, 1)), name="cache_heads")
         shape = op.Concat(batch, [heads], tokens, axis=0)
+
+        def everywhere(place: Value) -> Value:
+            spread = op.Expand(place, shape)
+            spread.shape = ir.Shape(["batch", heads, "tokens"])
+            return op.Unsqueeze(spread, [3])
+
         places = (op.Unsqueeze(sequences, [1, 2]), head, op.Unsqueeze(rows, [1]))
-        indices = op.Concat(*(op.Unsqueeze(op.Expand(place, shape), [3]) for place in places), axis=3)
-        indices.shape = ir.Shape(["batch", heads, "tokens", 3])
-        return indices
+        return op.Concat(*map(everywhere, places), axis=3)
+
+
+def numbers_below(op: Op, count: Value, dimension: str) -> Value:
+    """0, 1, ... count - 1, for an int64 count [1]. dimension: what their number is called."""
+    numbers = op.Range(0, op.Squeeze(count, [0]), 1)
+    numbers.shape = ir.Shape([dimension])
+    return numbers
 
 
 class Decoder(nn.Module):

@@ -53,11 +53,11 @@ def ir_dtype(fmt: FloatFormat) -> ir.DataType:
 
 
 class Feed:
-    """What one or several Linears read: a value that is rounded once for all that want it in the same codes."""
+    """What one or several Linears read: a value that has one scale for all that want it in the same codes."""
 
     def __init__(self) -> None:
-        self.rounded: dict[str, Value] = {}  # by the name of the codes
-        self.scaled: set[str] = set()  # codes whose scale one of the Linears holds
+        self.scales: dict[str, Weight] = {}  # by the name of the codes; the first Linear that asked holds it
+        self.rounded: dict[str, Value] = {}
 
 
 class Linear(nn.Module):
@@ -86,9 +86,9 @@ class Linear(nn.Module):
         self.precision = precision
         if precision.format is not None:
             self._store_codes(FORMATS[precision.format])
-        if precision.activation is not None and precision.activation not in self.feed.scaled:
-            self.feed.scaled.add(precision.activation)
+        if precision.activation is not None and precision.activation not in self.feed.scales:
             self.input_scale = Weight([], ir_dtype(self.fmt), computed=True)
+            self.feed.scales[precision.activation] = self.input_scale
 
     def _store_codes(self, form: Format) -> None:
         shape = (self.inputs, self.outputs)
@@ -103,18 +103,22 @@ class Linear(nn.Module):
         return op.Add(y, self.bias) if self.bias is not None else y
 
     def rounded(self, op: Op, x: Value) -> Value:
-        """The input as its codes hold it; of Linears that share it, the first that reads it makes it."""
+        """The input as its codes hold it.
+
+        FP8 codes of a value are made once, by the first Linear that reads it. Each Linear makes its own INT8 ones,
+        with a zero point of its own: on x86, ONNX Runtime multiplies in integers only where one product reads the
+        codes (eight layers of 1,024 on 2 cores: 424 ms for 256 tokens instead of 1,676, 23 for one instead of 375).
+        A TensorRT engine is the same size either way.
+        """
         codes = self.precision.activation
         if codes is None:
             return x
-        if self.input_scale is not None:
-            zero = (
-                op.initializer(ir.tensor(np.zeros((), np.int8)), name="input_zero_point")
-                if codes == INT8.name
-                else None
-            )
-            values = ActivationValues(ACTIVATION_CODES[codes], self.input_scale, zero)
-            self.feed.rounded[codes] = quantize_dequantize(op, x, values)
+        scale = self.feed.scales[codes]
+        if codes == INT8.name:
+            zero = op.initializer(ir.tensor(np.zeros((), np.int8)), name="input_zero_point")
+            return quantize_dequantize(op, x, ActivationValues(INT8, scale, zero))
+        if codes not in self.feed.rounded:
+            self.feed.rounded[codes] = quantize_dequantize(op, x, ActivationValues(FP8, scale))
         return self.feed.rounded[codes]
 
     def matrix(self, op: Op) -> Value:
