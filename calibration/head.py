@@ -12,15 +12,24 @@ from ..precision.codes import INT8, floats
 from ..precision.formats import FORMATS, Quantized, choose_scale, quantize_with
 from ..precision.plan import Plan
 from ..precision.scales import symmetric
-from . import awq, smoothquant
-from .migration import Product, fake_quantize, search
+from .migration import Found, Product, fake_quantize, search
 from .recipe import Methods
-from .solve import clip_of, spread, stored
+from .solve import clip_of, families, spread, stored
 from .statistics import Statistics
 
 PATH, NORM = "lm_head", "model.norm.weight"
 _SLAB = 8192  # tokens of the vocabulary at a time
 _COLUMNS = 2048  # of them in searches
+
+
+class _Scaled:
+    """A matrix [in, out] whose rows are multiplied by scale [in] where they are read, in float32: a tile at a time."""
+
+    def __init__(self, matrix: np.ndarray, scale: np.ndarray) -> None:
+        self.matrix, self.scale, self.shape = matrix, scale, matrix.shape
+
+    def __getitem__(self, place: tuple[slice, slice | np.ndarray]) -> np.ndarray:
+        return floats(self.matrix[place]) * self.scale[place[0], None]
 
 
 class Head:
@@ -51,12 +60,12 @@ class Head:
         """Values of the head's parameters, and of the normalisation's where it takes a scale up; notes."""
         if self.seen is None:
             return {}, {}
-        matrix = self.checkpoint.read(self.checkpoint.head_name).T  # [D, vocab] in the checkpoint's format, a view
+        matrix: Any = self.checkpoint.read(self.checkpoint.head_name).T  # [D, vocab] in its own format, a view
         strength, scale = self._migrate(matrix)
         values: dict[str, np.ndarray] = {}
         if strength is not None:
             values[NORM] = self.norm / scale
-            matrix = floats(matrix) * scale[:, None]
+            matrix = _Scaled(matrix, scale)
         sample, self.scale = self.seen.sample / scale, scale
         if self.precision.activation:
             extremes = float((self.seen.absmax / scale).max())
@@ -72,27 +81,26 @@ class Head:
         note["snr_db"] = self._snr(matrix, sample)
         return values, {PATH: note}
 
-    def _migrate(self, matrix: np.ndarray) -> tuple[float | None, np.ndarray]:
+    def _migrate(self, matrix: np.ndarray) -> Found:
         assert self.seen is not None
         rounds, blocked = self.precision.activation == INT8.name, self.precision.block > 0
         if not (self.methods.smoothquant if rounds else self.methods.awq and blocked):
             return None, np.ones(self.width, np.float32)
         columns = floats(matrix[:, spread(matrix.shape[1], _COLUMNS)])
-        if rounds:
-            found, gain = smoothquant.candidates(self.seen.absmax, np.abs(columns).max(axis=1)), smoothquant.GAIN
-        else:
-            found, gain = awq.candidates(self.seen.mean_magnitude()), awq.GAIN
-        sample = self.seen.sample[spread(len(self.seen.sample), 512)]
-        return search(sample, self.seen.absmax, [Product(self.precision, columns)], found, gain)
+        sample, products = self.seen.sample[spread(len(self.seen.sample), 512)], [Product(self.precision, columns)]
+        found: Found = (None, np.ones(self.width, np.float32))
+        for candidates, gain in families(self.seen, [columns], rounds):
+            found = search(sample, self.seen.absmax, products, candidates, gain, found)
+        return found
 
-    def _codes(self, matrix: np.ndarray, scale: np.ndarray) -> Quantized:
+    def _codes(self, matrix: Any, scale: np.ndarray) -> Quantized:
         assert self.seen is not None
         form = FORMATS[str(self.precision.format)]
         importance = self.seen.mean_square() / np.square(scale) if self.methods.clip else None
         chosen = choose_scale(matrix, form, self.fmt, search_scales=self.methods.clip, importance=importance, name=PATH)
         return quantize_with(matrix, form, chosen, PATH)
 
-    def _snr(self, matrix: np.ndarray, sample: np.ndarray) -> float:
+    def _snr(self, matrix: Any, sample: np.ndarray) -> float:
         """Signal to noise of some logits, in decibels."""
         places = spread(matrix.shape[1], _COLUMNS)
         columns = floats(matrix[:, places])

@@ -12,6 +12,8 @@ from ..precision.formats import FORMATS, quantize
 from ..precision.plan import Precision
 from ..precision.scales import symmetric
 
+Found = tuple[float | None, np.ndarray]  # a strength, None where nothing is scaled, and its scale [in]
+
 
 @dataclass(frozen=True, slots=True)
 class Product:
@@ -27,14 +29,16 @@ def search(
     products: Sequence[Product],
     candidates: Iterable[tuple[float, np.ndarray]],
     gain: float,
-) -> tuple[float | None, np.ndarray]:
+    start: Found | None = None,
+) -> Found:
     """The best candidate and its strength; None and ones where no candidate is better than to leave all as it is.
 
     x: rows of the activation, float32 [n, in]. absmax: of its channels, over all rows there were, [in].
-    candidates: (strength, scale [in]). gain: the share of the error that a candidate must save.
+    candidates: (strength, scale [in]). gain: the share of the error that a candidate must save. start: what
+    an earlier search found, which is kept, and must be improved upon, in place of None and ones.
     """
     exact = [x @ product.weights for product in products]
-    best_strength, best = None, np.ones(x.shape[1], np.float32)
+    best_strength, best = start or (None, np.ones(x.shape[1], np.float32))
     least = error(x, absmax, products, exact, best) * (1 - gain)
     for strength, scale in candidates:
         found = error(x, absmax, products, exact, scale)

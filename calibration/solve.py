@@ -4,7 +4,7 @@ For each activation (a tap) in turn: a scale on its channels, searched and taken
 scale of its codes; then each Linear that reads it: the scales of its weights, its codes, its bias.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,7 +20,7 @@ from .bias_correction import corrected
 from .clipping import clip_scales
 from .folds import Fold
 from .gptq import Factor, factor, gptq
-from .migration import Product, fake_quantize, search
+from .migration import Found, Product, fake_quantize, search
 from .observers import observer
 from .recipe import Methods
 from .stages import KEYS, VALUES
@@ -92,7 +92,7 @@ def _wanted(group: Group, tap: str) -> bool:
     return any(group.precisions[path] is not FLOAT for path in group.feeds[tap])
 
 
-def _migrate(group: Group, tap: str, methods: Methods) -> tuple[float | None, np.ndarray]:
+def _migrate(group: Group, tap: str, methods: Methods) -> Found:
     """The scale on a tap's channels, float32 [in], and the strength it was found with."""
     seen, fold = group.statistics[tap], group.folds.get(tap)
     precisions = [group.precisions[path] for path in group.feeds[tap]]
@@ -101,14 +101,33 @@ def _migrate(group: Group, tap: str, methods: Methods) -> tuple[float | None, np
     if fold is None or not (methods.smoothquant if rounds else methods.awq and any(map(_is_blocked, precisions))):
         return None, ones
     matrices = [group.weights[f"{path}.weight"] for path in group.feeds[tap]]
+    products = [Product(p, _some_columns(matrix)) for p, matrix in zip(precisions, matrices, strict=True)]
+    sample = seen.sample[spread(len(seen.sample), _SEARCH_ROWS)]
+    found: Found = (None, ones)
+    for candidates, gain in families(seen, matrices, rounds, fold.tied):
+        tied = ((strength, scale[fold.ties]) for strength, scale in candidates)
+        found = search(sample, seen.absmax, products, tied, gain, found)
+    return found
+
+
+def families(
+    seen: Statistics,
+    matrices: Sequence[np.ndarray],
+    rounds: bool,
+    tied: Callable[[np.ndarray], np.ndarray] = lambda channels: channels,
+) -> Iterator[tuple[Iterator[tuple[float, np.ndarray]], float]]:
+    """Candidates for a scale, (strength, scale), and the share of the error they must save, to be searched in turn.
+
+    matrices: what reads the activation, float32 [in, out]. rounds: whether to INT8. tied: Fold.tied.
+    """
     if rounds:
         rows = np.max([np.abs(matrix).max(axis=1) for matrix in matrices], axis=0)
-        found, gain = smoothquant.candidates(fold.tied(seen.absmax), fold.tied(rows)), smoothquant.GAIN
+        yield smoothquant.candidates(tied(seen.absmax), tied(rows)), smoothquant.GAIN
     else:
-        found, gain = awq.candidates(fold.tied(seen.mean_magnitude())), awq.GAIN
-    candidates = ((strength, scale[fold.ties]) for strength, scale in found)
-    products = [Product(p, _some_columns(matrix)) for p, matrix in zip(precisions, matrices, strict=True)]
-    return search(seen.sample[spread(len(seen.sample), _SEARCH_ROWS)], seen.absmax, products, candidates, gain)
+        magnitude = tied(seen.mean_magnitude())
+        yield awq.candidates(magnitude), awq.GAIN
+        rows = np.mean([np.abs(matrix).mean(axis=1) for matrix in matrices], axis=0)
+        yield awq.balanced(magnitude, tied(rows)), awq.BALANCE_GAIN
 
 
 def spread(count: int, most: int) -> np.ndarray:
