@@ -50,9 +50,13 @@ class Data:
         elif options.evaluate:
             rows, held = hold_out(rows, seed=seed)
         to_calibrate, to_evaluate = _ROWS[is_large(checkpoint)]
-        rows = rows.sample(options.calibration_samples or to_calibrate, seed)
+        if options.calibration_samples is not None:
+            to_calibrate = options.calibration_samples
+        if options.evaluation_samples is not None:
+            to_evaluate = options.evaluation_samples
+        rows = rows.sample(to_calibrate, seed)
         require_images(rows)
-        return cls(rows, held and held.sample(options.evaluation_samples or to_evaluate, seed))
+        return cls(rows, held and held.sample(to_evaluate, seed))
 
     def roles(self) -> Sequence[tuple[Dataset, bool]]:
         """Each with whether it calibrates."""

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +150,8 @@ def journal(destination: Path, key: Mapping[str, Any], purpose: str = "quantizin
             "same command to go on"
         ) from error
     finally:
+        with suppress(OSError):
+            directory.rmdir()  # where nothing was put into it
         os.close(lock)
 
 

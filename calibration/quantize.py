@@ -12,11 +12,15 @@ import onnxruntime as ort
 
 from .. import __version__
 from ..bundle import Bundle, BundleWriter, Manifest, Progress, check_destination, no_progress, writing
+from ..errors import OneVisionError
 from ..export.checkpoint import Checkpoint
 from ..export.draft import Draft
+from ..precision import BF16
 from ..precision.plan import Plan, default_plan
-from ..runtime.model import load
+from ..runtime.backend import SessionOptions
+from ..runtime.model import Model
 from .data import Data, DataOptions, Source
+from .dataset import Dataset
 from .journal import Journal, journal
 from .quality import measure
 from .recipe import Methods
@@ -65,6 +69,7 @@ class Job:
         with journal(self.target, self.key(plan)) as book:
             with self.phases("calibrate", "B") as progress:
                 walk = self.walk(Walk, plan, book, self.data, progress)
+                _check_lengths(walk, draft.max_length)
                 walk.run()
             with writing(self.target, self.overwrite, draft.nbytes) as writer:
                 with self.phases("write", "B") as progress:
@@ -85,18 +90,18 @@ class Job:
             writer.seal(name)
 
     def _finish(self, writer: BundleWriter, manifest: Manifest, walk: Walk, book: Journal) -> None:
-        """Write the manifest, with the quality in it where that is to be measured."""
+        """Write the manifest, with the quality in it where that is to be measured: with it this is a bundle."""
+        if self.data.evaluation is not None:
+            model = Model(Bundle(writer.directory, manifest), SessionOptions(threads=self.threads))
+            manifest = replace(manifest, quality=self._quality(model, self.data.evaluation, walk, book))
         writer.write_manifest(manifest)
-        if self.data.evaluation is None:
-            return
-        model = load(writer.directory, threads=self.threads)
+
+    def _quality(self, model: Model, evaluation: Dataset, walk: Walk, book: Journal) -> dict[str, Any]:
         scored = [prompt.scored for prompt in walk.itinerary.prompts if not prompt.calibrating]
         reference = np.load(book.path(REFERENCE), mmap_mode="r")
         with self.phases("evaluate", "rows") as progress:
-            quality = measure(model, self.data.evaluation, scored, reference, progress)
-        engine = f"onnxruntime {ort.__version__} CPU"
-        found = {**quality.to_dict(), "data": self.data.evaluation.source, "engine": engine}
-        writer.write_manifest(replace(manifest, quality=found))
+            quality = measure(model, evaluation, scored, reference, progress)
+        return {**quality.to_dict(), "data": evaluation.source, "engine": f"onnxruntime {ort.__version__} CPU"}
 
     def _record(self, plan: Plan, book: Journal) -> dict[str, Any]:
         """What the manifest says of how the bundle was made."""
@@ -162,10 +167,25 @@ def prepare(
     check_destination(target, overwrite)
     checkpoint = Checkpoint.open(source)
     Draft.make(checkpoint, plan, max_length)
+    if options.evaluate and plan.dtype == BF16.name:
+        raise OneVisionError(
+            "a bf16 bundle cannot be measured here, ONNX Runtime's CPU provider has no bfloat16 kernels: quantise it "
+            "without (--no-evaluate, evaluate=False), or in fp16"
+        )
     data = Data.open(checkpoint, options)
     with phases("read data", "rows") as progress:
         digests = data.digests(progress)
     return Job(checkpoint, target, methods, data, digests, options.seed, max_length, overwrite, threads, phases)
+
+
+def _check_lengths(walk: Walk, max_length: int) -> None:
+    """Refuse rows that the bundle will not hold when it is measured on them."""
+    longest = max((p for p in walk.itinerary.prompts if not p.calibrating), key=lambda p: len(p.ids), default=None)
+    if longest is not None and len(longest.ids) > max_length:
+        raise OneVisionError(
+            f"{longest.scored.name}, for evaluation, has {len(longest.ids)} tokens; the bundle will hold {max_length}: "
+            "give a larger --max-length, smaller images (--max-pixels) or other rows"
+        )
 
 
 def _identity(checkpoint: Checkpoint) -> dict[str, Any]:
