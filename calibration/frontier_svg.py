@@ -12,7 +12,7 @@ _WIDTH, _HEIGHT = 760, 460
 _LEFT, _TOP, _RIGHT, _BOTTOM = 72, 72, 736, 400  # of the plot inside its axes
 _LINE = 16  # the height of a line of text
 _COLUMN, _WIDE = 7.4, 8.2  # a character of 12 px, plain and bold: wide fonts' average, and some room
-_STYLE = """
+STYLE = """
 svg { color-scheme: light dark; }
 svg { --paper: #ffffff; --ink: #1f2328; --quiet: #59636e; --grid: #e3e7ec; --line: #0b62d6; --chosen: #b93a00; }
 @media (prefers-color-scheme: dark) {
@@ -129,7 +129,7 @@ def _head(title: str) -> Iterator[str]:
         f'role="img">'
     )
     yield f"<title>{escape(title)}</title>"
-    yield f"<style>{_STYLE}</style>"
+    yield f"<style>{STYLE}</style>"
     yield f'<rect class="paper" width="{_WIDTH}" height="{_HEIGHT}"/>'
     yield _text("title", 16, 28, title)
     yield _text(

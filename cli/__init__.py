@@ -13,6 +13,7 @@ from .doctor import doctor
 from .export import export
 from .quantize import quantize
 from .run import chat, run
+from .targets import targets
 
 
 class _Group(click.Group):
@@ -40,5 +41,5 @@ def main() -> None:
     """
 
 
-for command in (demo, export, quantize, run, chat, inspect, verify, doctor):
+for command in (demo, export, quantize, run, chat, inspect, verify, targets, doctor):
     main.add_command(command)

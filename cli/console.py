@@ -38,8 +38,8 @@ def table(rows: Sequence[Sequence[str]], header: Sequence[str] | None = None) ->
 
 
 def size(count: float) -> str:
-    """Bytes for a reader: 1.23 GB, 45.6 MB, 789 kB."""
-    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+    """Bytes for a reader: 1.56 TB, 1.23 GB, 45.6 MB, 789 kB."""
+    for unit, scale in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= scale:
             return f"{count / scale:.3g} {unit}"
     return f"{count:.0f} B"

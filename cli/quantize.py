@@ -166,14 +166,18 @@ def run_auto(
     from ..calibration.auto import CANDIDATES, FRONTIER_FILE, search_and_quantize
     from ..calibration.data import DataOptions
 
-    names = (asked["candidates"] or ",".join(_offered(CANDIDATES, target))).split(",")
+    names = asked["candidates"].split(",") if asked["candidates"] else _offered(CANDIDATES, target)
+    names, cache = [name.strip() for name in names], asked["kv_cache"] or "float"
+    dtype = asked["dtype"] or (target.dtype if target else "fp16")
+    if target is not None:
+        _check_all(names, dtype, cache, target)
     bundle, search = search_and_quantize(
         source,
         output,
         budget,
-        candidates=[name.strip() for name in names],
-        dtype=asked["dtype"] or (target.dtype if target else "fp16"),
-        kv_cache=asked["kv_cache"] or "float",
+        candidates=names,
+        dtype=dtype,
+        kv_cache=cache,
         methods=methods,
         data=DataOptions(**data),
         max_length=max_length,
@@ -196,6 +200,14 @@ def _offered(candidates: tuple[str, ...], target: "Target | None") -> list[str]:
         return list(candidates)
     needs = {"int8-weight": "int8", "int4": "int4", "nvfp4": "nvfp4"}
     return [name for name in (*candidates, "nvfp4") if name == "float" or needs[name] in target.precisions]
+
+
+def _check_all(candidates: list[str], dtype: str, kv_cache: str, target: "Target") -> None:
+    from ..engines.targets import check
+    from ..precision.plan import Plan, Rule
+
+    for name in candidates:
+        check(Plan("auto", dtype, kv_cache, (Rule("*", "*", name),)), target)
 
 
 def _budget(source: str, budgets: tuple[int | None, float | None, float | None], target: "Target | None") -> Any:

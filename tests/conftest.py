@@ -1,5 +1,6 @@
-"""Shared fixtures: the golden cases, bundles of their checkpoint, random checkpoints of the family."""
+"""Shared fixtures: the golden cases, bundles of their checkpoint, random checkpoints of the family, scripts."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import ml_dtypes
@@ -70,6 +72,23 @@ def golden_bundle(golden_checkpoint: Path, tmp_path_factory: pytest.TempPathFact
 @pytest.fixture(scope="session")
 def golden_model(golden_bundle: Callable[[str], Path]) -> Model:
     return onevision_edge.load(golden_bundle("fp32"), threads=1)
+
+
+@pytest.fixture(scope="session")
+def script() -> Callable[[str], ModuleType]:
+    """A script of the repository, such as benchmarks/outliers.py, as a module."""
+
+    def loaded(path: str) -> ModuleType:
+        where = Path(onevision_edge.__file__).parent / path
+        spec = importlib.util.spec_from_file_location(f"script_{where.stem}", where)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[module.__name__] = module  # where dataclasses look
+        spec.loader.exec_module(module)
+        return module
+
+    return loaded
 
 
 def tiny_config(**changes: Any) -> dict[str, Any]:

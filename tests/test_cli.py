@@ -152,6 +152,26 @@ def test_doctor_knows_this_machine() -> None:
 
 
 @pytest.mark.slow
+def test_targets_are_listed_with_what_they_run() -> None:
+    lines = call("targets").stdout.splitlines()
+    assert lines[0].split()[:2] == ["target", "capability"]
+    rows = {line.split()[0]: line for line in lines[2:]}
+    assert {"a100-80gb-sxm", "jetson-agx-orin-64gb", "sm120", "cpu"} <= set(rows)
+    assert "fp8" in rows["l40s"]
+    assert "fp8" not in rows["a100-80gb-sxm"]
+    everything = json.loads(call("targets", "--json").stdout)
+    assert [one["name"] for one in everything] == list(rows)
+    assert all(one["source"] and one["reason"] for one in everything)
+
+
+def test_one_target_is_shown_with_its_reasons() -> None:
+    shown = call("targets", "NVIDIA GeForce RTX 5090").stdout
+    assert "1.79 TB/s" in shown
+    assert "decode reads every weight" in shown
+    assert "source: " in shown
+    assert "did you mean" in failure("targets", "rtx-5091")
+
+
 def test_demo_answers_its_questions(tmp_path: Path) -> None:
     result = call("demo", "-o", tmp_path / "demo", "--json")
     assert result.exit_code == 0, result.stderr

@@ -1,7 +1,6 @@
 """Calibration data: every source to token rows, the choice of rows, digests, and what is refused."""
 
 import base64
-import importlib.util
 import itertools
 import json
 import os
@@ -53,14 +52,9 @@ def token_preparer(golden_checkpoint: Path) -> Preparer:
 
 
 @pytest.fixture(scope="module")
-def reference() -> ModuleType:
+def reference(script: Callable[[str], ModuleType]) -> ModuleType:
     """The image processing that the shipped model was trained with: code that shares nothing with the runtime."""
-    spec = importlib.util.spec_from_file_location("train_images", ROOT / "tools" / "train_demo" / "images.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("tools/train_demo/images.py")
 
 
 @pytest.fixture

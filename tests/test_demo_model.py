@@ -1,6 +1,6 @@
 """The shipped model sees: its answers on held-out scenes, through exported bundles. About half a minute."""
 
-import importlib.util
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -12,14 +12,9 @@ ROOT = Path(onevision_edge.__file__).parent
 
 
 @pytest.fixture(scope="module")
-def benchmark() -> ModuleType:
+def benchmark(script: Callable[[str], ModuleType]) -> ModuleType:
     """benchmarks/demo_accuracy.py, which asks the questions."""
-    spec = importlib.util.spec_from_file_location("demo_accuracy", ROOT / "benchmarks" / "demo_accuracy.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script("benchmarks/demo_accuracy.py")
 
 
 @pytest.mark.slow

@@ -1,10 +1,10 @@
 """tools/make_checkpoint.py: the released sizes exactly, and files that any reader takes."""
 
-import importlib.util
 import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -20,14 +20,8 @@ SCRIPT = Path(onevision_edge.__file__).parent / "tools" / "make_checkpoint.py"
 
 
 @pytest.fixture(scope="module")
-def tool() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("make_checkpoint", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["make_checkpoint"] = module
-    spec.loader.exec_module(module)
-    return module
+def tool(script: Callable[[str], ModuleType]) -> ModuleType:
+    return script("tools/make_checkpoint.py")
 
 
 @pytest.mark.parametrize(("shape", "parameters"), [("4b", 4_741_610_528), ("8b", 8_527_214_624)])
