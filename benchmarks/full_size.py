@@ -1,7 +1,8 @@
-"""A model of released size, end to end on this machine: random checkpoint, export, one image question.
+"""A model of released size, end to end on this machine: random checkpoint, export or quantise, one image question.
 
     python benchmarks/full_size.py --shape 4b --dtype fp16 --work /some/disk
     python benchmarks/full_size.py --shape 4b --dtype fp32 --question --work /some/disk
+    python benchmarks/full_size.py --shape 4b --dtype fp32 --precision int4 --question --work /some/disk
 
 Prints time, rate and peak resident memory of each step, beside what the disk itself takes: the same number of
 bytes written in plain blocks and flushed. Peak memory is the kernel's count for the child process; in the
@@ -57,21 +58,24 @@ def command(*words: object) -> list[str]:
 @click.command()
 @click.option("--shape", type=click.Choice(["4b", "8b"]), required=True)
 @click.option("--dtype", type=click.Choice(["fp32", "fp16", "bf16"]), default="fp16", show_default=True)
+@click.option("--precision", type=click.Choice(["int8", "int8-weight", "int4", "fp8", "nvfp4"]), help="Quantise to it.")
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Directory for checkpoint and bundle.")
 @click.option("--question", is_flag=True, help="Ask about one image, too.")
 @click.option("--keep", is_flag=True, help="Keep the bundle.")
 @click.option("--json", "as_json", is_flag=True)
-def main(shape: str, dtype: str, work: Path, question: bool, keep: bool, as_json: bool) -> None:
-    """Measure export, and a question, at a released size."""
+def main(shape: str, dtype: str, precision: str | None, work: Path, question: bool, keep: bool, as_json: bool) -> None:
+    """Measure export or quantisation, and a question, at a released size."""
     work.mkdir(parents=True, exist_ok=True)
-    checkpoint, bundle = work / f"checkpoint-{shape}", work / f"bundle-{shape}-{dtype}"
+    checkpoint, bundle = work / f"checkpoint-{shape}", work / f"bundle-{shape}-{precision or dtype}"
     if not checkpoint.exists():
         tool = ROOT / "tools" / "make_checkpoint.py"
         measured([sys.executable, str(tool), str(checkpoint), "--shape", shape, "--tokenizer", "demo"])
-    record: dict[str, Any] = {"shape": shape, "dtype": dtype, "disk_write_gb_s": disk_write_rate(work)}
-    seconds, peak, _ = measured(command("export", checkpoint, "-o", bundle, "--dtype", dtype, "--overwrite"))
+    record: dict[str, Any] = {"shape": shape, "dtype": dtype, "precision": precision}
+    record["disk_write_gb_s"] = disk_write_rate(work)
+    verb = ("quantize", "--precision", precision) if precision else ("export",)
+    seconds, peak, _ = measured(command(*verb, checkpoint, "-o", bundle, "--dtype", dtype, "--overwrite"))
     size = sum(path.stat().st_size for path in bundle.iterdir()) / 1e9
-    record |= {"bundle_gb": size, "export_s": seconds, "export_gb_s": size / seconds, "export_peak_gb": peak}
+    record |= {"bundle_gb": size, "write_s": seconds, "write_gb_s": size / seconds, "write_peak_gb": peak}
     if question:
         ask = command("run", bundle, "--image", IMAGE, "--prompt", "What is this?", "--max-tokens", 8, "--json")
         seconds, peak, output = measured(ask)
@@ -82,8 +86,9 @@ def main(shape: str, dtype: str, work: Path, question: bool, keep: bool, as_json
         click.echo(json.dumps(record, indent=1))
         return
     click.echo(
-        f"{shape} {dtype}: {size:.2f} GB exported in {record['export_s']:.0f} s, {record['export_gb_s']:.2f} GB/s "
-        f"(disk alone {record['disk_write_gb_s']:.2f} GB/s), peak memory {record['export_peak_gb']:.2f} GB"
+        f"{shape} {precision or ''} {dtype}: {size:.2f} GB written in {record['write_s']:.0f} s, "
+        f"{record['write_gb_s']:.2f} GB/s (disk alone {record['disk_write_gb_s']:.2f} GB/s), "
+        f"peak memory {record['write_peak_gb']:.2f} GB"
     )
     if question:
         timings, usage = record["answer"]["timings"], record["answer"]["usage"]

@@ -10,6 +10,9 @@ import numpy as np
 
 from ..errors import OneVisionError
 
+_ROWS = 1024  # of a value that are gathered for one product: 90 at a time cost twice as much memory traffic as work
+_SLAB = 1024  # rows of a Gram matrix worked on at a time
+
 
 @dataclass
 class Statistics:
@@ -36,6 +39,7 @@ class Statistics:
         self.sample = np.zeros((count, self.channels), np.float32)
         if self.with_gram:
             self.gram = np.zeros((self.channels, self.channels), np.float32)
+            self._gathered = np.empty((min(_ROWS, self.total), self.channels), np.float32)
 
     def update(self, x: np.ndarray, where: str = "") -> None:
         """Take the next rows, float32 [..., channels]. Raises OneVisionError for NaN and infinity."""
@@ -51,10 +55,28 @@ class Statistics:
         self.magnitude += magnitudes.sum(axis=0, dtype=np.float64)
         self.square += np.einsum("rc,rc->c", rows, rows, dtype=np.float64)
         if self.gram is not None:
-            self.gram += rows.T @ rows
+            self._gather(rows)
         start, stop = np.searchsorted(self._places, (self.rows, self.rows + len(rows)))
         self.sample[start:stop] = rows[self._places[start:stop] - self.rows]
         self.rows += len(rows)
+
+    def _gather(self, rows: np.ndarray) -> None:
+        """Add rows to the Gram matrix, in pieces that fill the buffer; the last when all there will be are here."""
+        done, held = 0, self.rows % _ROWS
+        while done < len(rows):
+            count = min(len(rows) - done, len(self._gathered) - held)
+            self._gathered[held : held + count] = rows[done : done + count]
+            done, held = done + count, held + count
+            if held == len(self._gathered) or self.rows + done == self.total:
+                self._add_products(self._gathered[:held])
+                held = 0
+
+    def _add_products(self, rows: np.ndarray) -> None:
+        assert self.gram is not None
+        for start in range(0, self.channels, _SLAB):
+            stop = start + _SLAB
+            self.gram[start:stop, :stop] += rows[:, start:stop].T @ rows[:, :stop]
+            self.gram[:start, start:stop] = self.gram[start:stop, :start].T
 
     def mean_square(self) -> np.ndarray:
         """Mean of x^2, float32 [channels]: how much an error in each input row of the weights counts."""

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from onevision_edge.calibration import statistics
 from onevision_edge.calibration.statistics import Statistics
 from onevision_edge.errors import OneVisionError
 
@@ -32,6 +33,21 @@ def test_sums_against_float64() -> None:
     np.testing.assert_allclose(found.mean_square(), np.square(exact).mean(axis=0), rtol=1e-6)
     np.testing.assert_allclose(found.gram, exact.T @ exact, rtol=1e-5, atol=1e-4)
     assert Statistics(5, 300, 16, 1).gram is None
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(1, 80), st.lists(st.integers(0, 80), max_size=6), st.integers(1, 30), st.integers(1, 7))
+def test_products_are_of_many_rows_and_of_slabs(count: int, cuts: list[int], gathered: int, slab: int) -> None:
+    """Whatever pieces rows come in, the same bits; nothing is left out at the end."""
+    x = rows(count)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(statistics, "_ROWS", gathered)
+        patch.setattr(statistics, "_SLAB", slab)
+        pieces, whole = seen(x, [min(cut, count) for cut in cuts]), seen(x, [])
+    assert pieces.gram is not None
+    np.testing.assert_array_equal(pieces.gram, whole.gram)
+    np.testing.assert_array_equal(pieces.gram, pieces.gram.T)
+    np.testing.assert_allclose(pieces.gram, x.T.astype(float) @ x, rtol=1e-4, atol=1e-4)
 
 
 @settings(deadline=None, max_examples=60)
