@@ -40,3 +40,19 @@ def float_format(name: str) -> FloatFormat:
         return FLOAT_FORMATS[name]
     except KeyError:
         raise OneVisionError(f"unknown dtype {name!r}: choose one of {', '.join(FLOAT_FORMATS)}") from None
+
+
+def from_float32(values: np.ndarray, fmt: FloatFormat) -> np.ndarray:
+    """float32 values rounded to nearest even in a format, as the host holds it."""
+    if fmt is not BF16:
+        return values.astype(fmt.numpy, copy=False)
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    rounded = ((bits + np.uint32(0x7FFF) + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(values), np.uint16(0x7FC0), rounded)
+
+
+def float32(values: np.ndarray, fmt: FloatFormat) -> np.ndarray:
+    """Values in a format, as the host holds it, in float32."""
+    if fmt is not BF16:
+        return values.astype(np.float32, copy=False)
+    return (values.astype(np.uint32) << 16).view(np.float32)

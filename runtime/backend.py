@@ -9,12 +9,17 @@ from typing import Any
 import numpy as np
 import onnxruntime as ort
 
-from ..bundle import GraphSpec
+from ..bundle import Bundle, GraphSpec
+from ..config import VisionConfig
 from ..errors import OneVisionError
 from ..precision import FloatFormat, float_format
+from .memory import memory_field, vision_attention_bytes
+from .stitching import EmbeddingTable, stitch
 from .wide import widened
 
 _ERRORS_ONLY = 3
+# Attention scores of one call, images * heads * patches^2 values, stay below this (float32: 1 GiB).
+_MAX_SCORES = 1 << 28
 # It moves the rounding of an INT8 cache's values up to the product that makes them, which then runs in floating point
 # on weights widened at each call, and splits attention's products from their transposes: 48 ms a token instead of 18
 # (eight INT8 layers of 1,024 on 2 cores).
@@ -56,6 +61,11 @@ class SessionOptions:
             options.profile_file_prefix = self.profile_prefix
         return options
 
+    def open(self, bundle: Bundle, part: str) -> "Graph":
+        """A graph of a bundle, loaded. Raises OneVisionError."""
+        spec = bundle.graph(part)
+        return Graph(bundle.path(spec.file), spec, self)
+
 
 class Graph:
     """One graph, loaded. `fmt` is the format of its floating-point inputs. NVFP4 weights run as their twins in INT8."""
@@ -90,6 +100,51 @@ class Graph:
         """Of the decoder's KV cache: the graph's float, or int8."""
         codes = any(t.name == "past_key.0" and t.dtype == "int8" for t in self.spec.inputs)
         return np.dtype(np.int8) if codes else self.fmt.numpy
+
+    @property
+    def tokens_per_call(self) -> int | None:
+        """The most tokens of one decoder call: any number."""
+        return None
+
+    @property
+    def rows(self) -> int | None:
+        """The most cache rows that a call can read: all."""
+        return None
+
+    def check_batch(self, batch: int) -> None:
+        """Any number of sequences will do."""
+
+    def images_per_call(self, config: VisionConfig, patches: int) -> int:
+        """How many images of so many patches one call takes, for their attention scores not to fill the memory.
+
+        Raises OneVisionError where one alone would not fit this machine's.
+        """
+        available = memory_field("MemAvailable")
+        needed = vision_attention_bytes(config, patches)
+        if available is not None and needed > available:
+            side = (available / vision_attention_bytes(config, 0)) ** 0.5
+            pixels = int(0.9 * side) * config.patch_size**2
+            raise OneVisionError(
+                f"an image of {patches} patches needs {needed / 1e9:.1f} GB for its attention, and "
+                f"{available / 1e9:.1f} GB are free: pass max_pixels={pixels} (--max-pixels {pixels}) or less"
+            )
+        return max(1, _MAX_SCORES // (config.num_heads * (patches + 1) ** 2))
+
+    def valid_length(self, end: int, max_length: int) -> int:
+        """Rows to read of a cache whose first `end` are valid."""
+        return end
+
+    def empty(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Memory of floats in the graph's format."""
+        return np.empty(shape, self.fmt.numpy)
+
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """Zeroed memory, whose pages are taken from the system when they are written."""
+        return np.zeros(shape, dtype)
+
+    def stitch(self, table: EmbeddingTable, ids: np.ndarray, features: Mapping[int, np.ndarray]) -> np.ndarray:
+        """Embeddings of `ids`, as stitching.stitch makes them."""
+        return stitch(table, ids, features)
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """Run once on host arrays; returns the outputs in the graph's order."""

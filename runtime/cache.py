@@ -1,21 +1,46 @@
 """The KV cache and the decoder that updates it in place."""
 
+from collections.abc import Callable
+from typing import Any, Protocol
+
 import numpy as np
 
+from ..bundle import Bundle
 from ..config import TextConfig
 from ..errors import OneVisionError
-from .backend import Binding, Graph
+from .backend import Graph
+from .device import DeviceArray
+from .engine_graph import EngineGraph
+
+
+class Backend(Protocol):
+    """What opens the graphs of a bundle to run: backend.SessionOptions on ONNX Runtime, engine_backend.Engines."""
+
+    def open(self, bundle: Bundle, part: str) -> "AnyGraph":
+        """The vision or decoder graph, loaded. Raises OneVisionError."""
+
+
+AnyGraph = Graph | EngineGraph
+Rows = np.ndarray | DeviceArray  # where the graph computes
 
 
 class KVCache:
     """Keys and values of `batch` sequences, each with `max_length` rows; row = position.
 
-    Pages are taken from the system as rows are written, so an unused tail costs nothing.
+    zeros: makes the buffers, [batch, heads, max_length, head_dim] each; on the host, pages are taken from the system
+    as rows are written, so an unused tail costs nothing.
     """
 
-    def __init__(self, config: TextConfig, max_length: int, batch: int, dtype: np.dtype) -> None:
+    def __init__(
+        self,
+        config: TextConfig,
+        max_length: int,
+        batch: int,
+        dtype: np.dtype,
+        zeros: Callable[[tuple[int, ...], np.dtype], Any] = np.zeros,
+    ) -> None:
         shape = (batch, config.num_key_value_heads, max_length, config.head_dim)
-        self.layers = [(np.zeros(shape, dtype), np.zeros(shape, dtype)) for _ in range(config.num_hidden_layers)]
+        self.layers = [(zeros(shape, dtype), zeros(shape, dtype)) for _ in range(config.num_hidden_layers)]
         self.max_length, self.batch = max_length, batch
 
     @property
@@ -34,15 +59,15 @@ class KVCache:
 class Decoder:
     """The decoder graph bound to one cache: every call appends tokens to its sequences."""
 
-    def __init__(self, graph: Graph, cache: KVCache, vocab_size: int) -> None:
-        self.cache, self.vocab_size = cache, vocab_size
-        self._binding: Binding = graph.bind()
+    def __init__(self, graph: AnyGraph, cache: KVCache, vocab_size: int) -> None:
+        self.graph, self.cache, self.vocab_size = graph, cache, vocab_size
+        self._binding: Any = graph.bind()
         self._logits = np.empty((0, 0, vocab_size), np.float32)
         for i, (key, value) in enumerate(cache.layers):
             self._binding.in_place(f"past_key.{i}", f"present_key.{i}", key)
             self._binding.in_place(f"past_value.{i}", f"present_value.{i}", value)
 
-    def __call__(self, embeds: np.ndarray, starts: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    def __call__(self, embeds: Rows, starts: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Append tokens and return logits.
 
         embeds: [batch, tokens, D] in the graph's format. starts: int64 [batch], the position of each
@@ -57,7 +82,7 @@ class Decoder:
         binding.input("inputs_embeds", embeds)
         binding.input("position_ids", starts[:, None] + np.arange(tokens))
         binding.input("write_indices", starts)
-        binding.input("valid_length", np.array([end], np.int64))
+        binding.input("valid_length", np.array([self.graph.valid_length(end, self.cache.max_length)], np.int64))
         binding.input("logits_indices", rows)
         shape = (*rows.shape, self.vocab_size)
         if self._logits.shape != shape:
@@ -66,7 +91,7 @@ class Decoder:
         binding.run()
         return self._logits
 
-    def prefill(self, embeds: np.ndarray, chunk: int, rows: np.ndarray | None = None) -> np.ndarray:
+    def prefill(self, embeds: Rows, chunk: int, rows: np.ndarray | None = None) -> np.ndarray:
         """Fill an empty cache of one sequence with its prompt, `chunk` tokens at a time.
 
         embeds: [tokens, D]. rows: ascending int64 [n], the tokens whose logits are wanted.
@@ -75,9 +100,9 @@ class Decoder:
         wanted = np.array([len(embeds) - 1]) if rows is None else rows
         collected = np.empty((len(wanted), self.vocab_size), np.float32)
         for start in range(0, len(embeds), chunk):
-            part = embeds[None, start : start + chunk]
-            first, last = np.searchsorted(wanted, (start, start + part.shape[1]))
+            part = embeds[start : start + chunk]
+            first, last = np.searchsorted(wanted, (start, start + len(part)))
             here = wanted[first:last] - start if last > first else np.zeros(1, np.int64)  # some row, where none is
-            logits = self(part, np.array([start]), here[None])[0]
+            logits = self(part.reshape((1, *part.shape)), np.array([start]), here[None])[0]
             collected[first:last] = logits[: last - first]
         return collected[-1] if rows is None else collected

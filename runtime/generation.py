@@ -6,7 +6,7 @@ from time import perf_counter
 
 import numpy as np
 
-from .cache import Decoder
+from .cache import Decoder, Rows
 from .sampling import Sampled, Sampler, SamplingParams
 from .stitching import EmbeddingTable
 
@@ -43,7 +43,7 @@ class TokenLogprob:
 class Running:
     """One sequence in the running batch."""
 
-    prompt: np.ndarray  # embeddings [tokens, D] in the graph's format
+    prompt: Rows  # embeddings [tokens, D] in the graph's format
     sampler: Sampler
     eos_token_ids: frozenset[int]
     limit: int  # tokens it may generate
@@ -104,7 +104,7 @@ class Loop:
 
 
 def new_sequence(
-    prompt: np.ndarray,
+    prompt: Rows,
     prompt_ids: np.ndarray,
     params: SamplingParams,
     *,

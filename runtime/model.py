@@ -11,6 +11,7 @@ import numpy as np
 from ..bundle import Bundle
 from ..errors import OneVisionError
 from .backend import SessionOptions
+from .cache import Backend, Rows
 from .generation import Running, Timings, TokenLogprob
 from .images import ImageProcessor
 from .prompts import Messages, image_processor, optional_tokenizer, token_prompt
@@ -45,7 +46,7 @@ class _Prepared:
     """One conversation, ready to run."""
 
     ids: np.ndarray
-    embeds: np.ndarray
+    embeds: Rows
     image_tokens: int
     timings: Timings
 
@@ -56,7 +57,7 @@ class Model(TokenModel):
     def __init__(
         self,
         bundle: Bundle,
-        options: SessionOptions,
+        backend: Backend,
         prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
@@ -64,7 +65,7 @@ class Model(TokenModel):
         processor = image_processor(bundle.directory, bundle.manifest.model.vision)
         self.processor = processor.with_pixels(min_pixels, max_pixels)
         self.tokenizer = optional_tokenizer(bundle.directory)
-        super().__init__(bundle, options, prefill_chunk)
+        super().__init__(bundle, backend, prefill_chunk)
         if self.tokenizer:
             self.eos_token_ids = tuple(dict.fromkeys((*self.eos_token_ids, *self.tokenizer.eos_token_ids)))
 

@@ -1,5 +1,7 @@
 """Stitching: text rows from the embedding table, image rows where the placeholder tokens stand."""
 
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -40,7 +42,14 @@ def check_counts(ids: np.ndarray, token_id: int, features: int, name: str) -> No
         )
 
 
-def stitch(table: EmbeddingTable, ids: np.ndarray, features: dict[int, np.ndarray]) -> np.ndarray:
+def runs(values: np.ndarray) -> Iterator[tuple[int, int, int]]:
+    """Start, stop and value of every run of equal values, [n]."""
+    edges = np.flatnonzero(np.diff(values)) + 1
+    for start, stop in pairwise([0, *edges.tolist(), len(values)] if len(values) else []):
+        yield start, stop, int(values[start])
+
+
+def stitch(table: EmbeddingTable, ids: np.ndarray, features: Mapping[int, np.ndarray]) -> np.ndarray:
     """Embeddings of `ids` (int64 [tokens]) with the rows of `features[id]` in place of each such id, in order.
 
     Returns [tokens, D] in the table's format.

@@ -4,17 +4,18 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 
 from ..bundle import Bundle
 from ..errors import OneVisionError
-from .backend import Graph, SessionOptions
-from .cache import Decoder, KVCache
+from ..precision import float32
+from .cache import AnyGraph, Backend, Decoder, KVCache, Rows
 from .generation import Loop, Running, Timings, new_sequence
 from .sampling import SamplingParams
-from .stitching import EmbeddingTable, check_counts, check_ids, stitch
+from .stitching import EmbeddingTable, check_counts, check_ids
 from .vision import VisionEncoder
 
 DEFAULT_PREFILL_CHUNK = 512
@@ -31,16 +32,16 @@ class Media:
 class TokenModel:
     """The graphs of a bundle, its embedding table and a KV cache for every call that is under way."""
 
-    def __init__(self, bundle: Bundle, options: SessionOptions, prefill_chunk: int) -> None:
+    def __init__(self, bundle: Bundle, backend: Backend, prefill_chunk: int) -> None:
         self.bundle, self.config = bundle, bundle.manifest.model
-        self.max_length = bundle.manifest.max_length
         self.prefill_chunk = _checked_chunk(prefill_chunk)
         self.eos_token_ids = self.config.eos_token_ids
         self._media_ids = {"image": self.config.image_token_id, "video": self.config.video_token_id}
-        self._graphs = {
-            part: Graph(bundle.path(spec.file), spec, options) for part, spec in bundle.manifest.graphs.items()
-        }
+        self._graphs = {part: backend.open(bundle, part) for part in bundle.manifest.graphs}
+        self._cache_rows = bundle.manifest.max_length
         self._check_max_length()
+        decoder = self._graphs.get("decoder")
+        self.max_length = min(self._cache_rows, (decoder.rows if decoder else None) or self._cache_rows)
         table = bundle.manifest.embedding
         self._table = EmbeddingTable(bundle.path(table.file), table) if table else None
         self._lock = threading.Lock()
@@ -53,7 +54,7 @@ class TokenModel:
         [images, 3]. Video frames alike, with their count as the first grid number.
         """
         encoder = self._encoder()
-        return encoder(*encoder.check(pixel_values, image_grid_thw, "image")).astype(np.float32, copy=False)
+        return float32(np.asarray(encoder(*encoder.check(pixel_values, image_grid_thw, "image"))), encoder.graph.fmt)
 
     def logits(
         self,
@@ -149,30 +150,30 @@ class TokenModel:
     ) -> tuple[list[np.ndarray], list[tuple[int, int]]]:
         return unpadded(input_ids, attention_mask, self.config.text.vocab_size)
 
-    def _embed(self, ids: Sequence[np.ndarray], media: dict[str, Media]) -> list[np.ndarray]:
+    def _embed(self, ids: Sequence[np.ndarray], media: dict[str, Media]) -> list[Rows]:
         """Embeddings of every row, media stitched in: [tokens, D] each, in the graph's format."""
         for row in ids:
             self._check_length(len(row))
-        shares: list[dict[int, np.ndarray]] = [{} for _ in ids]
+        shares: list[dict[int, Any]] = [{} for _ in ids]
         for name, entries in media.items():
             token_id = self._media_ids[name]
             features = self._features(name, np.concatenate(ids), entries)
-            ends = np.cumsum([int((row == token_id).sum()) for row in ids])
-            for share, part in zip(shares, np.split(features, ends[:-1]), strict=True):
-                share[token_id] = part
+            edges = np.cumsum([0, *(int((row == token_id).sum()) for row in ids)]).tolist()
+            for share, (start, stop) in zip(shares, pairwise(edges), strict=True):
+                share[token_id] = features[start:stop]
         return [self._stitched(row, share) for row, share in zip(ids, shares, strict=True)]
 
-    def _stitched(self, ids: np.ndarray, features: dict[int, np.ndarray]) -> np.ndarray:
-        self._decoder_graph()
+    def _stitched(self, ids: np.ndarray, features: dict[int, Any]) -> Rows:
+        graph = self._decoder_graph()
         assert self._table is not None
-        return stitch(self._table, ids, features)
+        return graph.stitch(self._table, ids, features)
 
-    def _features(self, name: str, ids: np.ndarray, media: Media) -> np.ndarray:
+    def _features(self, name: str, ids: np.ndarray, media: Media) -> Rows:
         """Embeddings of the images or videos whose placeholders stand in `ids`; checked before they are made."""
         token_id = self._media_ids[name]
         if media.pixel_values is None and media.grid_thw is None:
             check_counts(ids, token_id, 0, name)
-            return np.empty((0, self.config.text.hidden_size), self._decoder_graph().fmt.numpy)
+            return self._decoder_graph().empty((0, self.config.text.hidden_size))
         if media.pixel_values is None or media.grid_thw is None:
             raise OneVisionError(f"{name} pixel values and their grid go together: one of them is missing")
         encoder = self._encoder()
@@ -180,7 +181,7 @@ class TokenModel:
         check_counts(ids, token_id, int(encoder.tokens(grid).sum()), name)
         return encoder(pixels, grid)
 
-    def _sequence(self, ids: np.ndarray, prompt: np.ndarray, params: SamplingParams, eos: Sequence[int]) -> Running:
+    def _sequence(self, ids: np.ndarray, prompt: Rows, params: SamplingParams, eos: Sequence[int]) -> Running:
         return new_sequence(
             prompt,
             ids,
@@ -197,11 +198,13 @@ class TokenModel:
         chunk = self.prefill_chunk if chunk is None else _checked_chunk(chunk)
         graph = self._decoder_graph()
         assert self._table is not None
+        graph.check_batch(batch)
+        chunk = min(chunk, graph.tokens_per_call or chunk)
         with self._lock:
             decoders, self._idle = self._idle, []
         if not decoders or decoders[0].cache.batch != batch:
             decoders.clear()  # frees the old cache before the new one is made
-            cache = KVCache(self.config.text, self.max_length, batch, graph.cache_dtype)
+            cache = KVCache(self.config.text, self._cache_rows, batch, graph.cache_dtype, graph.zeros)
             decoders = _decoders(graph, self.config.text.vocab_size, cache)
         try:
             yield Loop(decoders[0], decoders[1:] or decoders, self._table, chunk)
@@ -213,9 +216,9 @@ class TokenModel:
         """The manifest's limit must be the decoder's own, which its contract states."""
         for part, graph in self._graphs.items():
             rows = {tensor.shape[2] for tensor in graph.spec.inputs if tensor.name.startswith("past_")}
-            if part == "decoder" and rows != {self.max_length}:
+            if part == "decoder" and rows != {self._cache_rows}:
                 raise OneVisionError(
-                    f"{self.bundle.directory}: the manifest says max_length {self.max_length}, the decoder's cache "
+                    f"{self.bundle.directory}: the manifest says max_length {self._cache_rows}, the decoder's cache "
                     f"has {sorted(map(str, rows))} rows; export it again"
                 )
 
@@ -230,12 +233,12 @@ class TokenModel:
         self.bundle.graph("vision")
         return VisionEncoder(self._graphs["vision"], self.config.vision)
 
-    def _decoder_graph(self) -> Graph:
+    def _decoder_graph(self) -> AnyGraph:
         self.bundle.graph("decoder")
         return self._graphs["decoder"]
 
 
-def _decoders(graph: Graph, vocab_size: int, cache: KVCache) -> list[Decoder]:
+def _decoders(graph: AnyGraph, vocab_size: int, cache: KVCache) -> list[Decoder]:
     """A decoder for the whole batch and, where it has several sequences, one for each."""
     views = [cache.rows(i, i + 1) for i in range(cache.batch)] if cache.batch > 1 else []
     return [Decoder(graph, c, vocab_size) for c in (cache, *views)]

@@ -1,23 +1,21 @@
 """Running the vision graph on images of any mix of sizes."""
 
 import math
+from typing import Any
 
 import numpy as np
 
 from ..config import VisionConfig
 from ..errors import OneVisionError
-from .backend import Graph
+from ..precision import from_float32
+from .cache import AnyGraph, Rows
 from .images import patch_positions
-from .memory import memory_field, vision_attention_bytes
-
-# Attention scores of one call, images * heads * patches^2 values, stay below this (float32: 1 GiB).
-_MAX_SCORES = 1 << 28
 
 
 class VisionEncoder:
     """pixel rows and grids in, embeddings out."""
 
-    def __init__(self, graph: Graph, config: VisionConfig) -> None:
+    def __init__(self, graph: AnyGraph, config: VisionConfig) -> None:
         self.graph, self.config = graph, config
 
     def tokens(self, grid_thw: np.ndarray) -> np.ndarray:
@@ -28,40 +26,28 @@ class VisionEncoder:
         """Both inputs as arrays of the right dtype, after checking that they belong together."""
         grid = check_grid(grid_thw, name, self.config)
         pixels = check_pixels(pixel_values, grid, name, self.config)
-        return pixels.astype(self.graph.fmt.numpy, copy=False), grid
+        return from_float32(pixels, self.graph.fmt), grid
 
-    def __call__(self, pixel_values: np.ndarray, grid_thw: np.ndarray) -> np.ndarray:
+    def __call__(self, pixel_values: np.ndarray, grid_thw: np.ndarray) -> Rows:
         """Embeddings of all images (and video frames), in order: [tokens, D] in the graph's format.
 
         pixel_values: [patches, patch_dim]; grid_thw: [n, 3]. Segments of one size share calls.
         """
-        self._check_memory(int((grid_thw[:, 1] * grid_thw[:, 2]).max(initial=0)))
         segments = [(int(h), int(w)) for t, h, w in grid_thw for _ in range(t)]
         sizes = np.array([h * w for h, w in segments], np.int64)
         starts = np.concatenate([[0], np.cumsum(sizes)])
         merge_unit = self.config.merge_unit
-        embeds = np.empty((starts[-1] // merge_unit, self.config.text_hidden_size), self.graph.fmt.numpy)
-        for size in dict.fromkeys(segments):
+        most = {size: self.graph.images_per_call(self.config, size[0] * size[1]) for size in dict.fromkeys(segments)}
+        embeds: Any = self.graph.empty((int(starts[-1]) // merge_unit, self.config.text_hidden_size))
+        for size, count in most.items():
             members = [i for i, segment in enumerate(segments) if segment == size]
-            for batch in _batches(members, size[0] * size[1], self.config.num_heads):
+            for batch in (members[i : i + count] for i in range(0, len(members), count)):
                 pixels = np.stack([pixel_values[starts[i] : starts[i + 1]] for i in batch])
                 for i, rows in zip(batch, self._encode(pixels, size), strict=True):
                     embeds[starts[i] // merge_unit : starts[i + 1] // merge_unit] = rows
         return embeds
 
-    def _check_memory(self, patches: int) -> None:
-        """Refuse an image whose attention scores would not fit this machine's memory, before trying."""
-        available = memory_field("MemAvailable")
-        needed = vision_attention_bytes(self.config, patches)
-        if available is not None and needed > available:
-            side = (available / vision_attention_bytes(self.config, 0)) ** 0.5
-            pixels = int(0.9 * side) * self.config.patch_size**2
-            raise OneVisionError(
-                f"an image of {patches} patches needs {needed / 1e9:.1f} GB for its attention, and "
-                f"{available / 1e9:.1f} GB are free: pass max_pixels={pixels} (--max-pixels {pixels}) or less"
-            )
-
-    def _encode(self, pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    def _encode(self, pixels: np.ndarray, size: tuple[int, int]) -> Rows:
         positions = patch_positions(*size, self.config.spatial_merge_size)
         return self.graph.run({"pixel_values": pixels, "patch_positions": positions})[0]
 
@@ -98,9 +84,3 @@ def check_pixels(pixel_values: np.ndarray, grid_thw: np.ndarray, name: str, conf
     if not np.isfinite(pixels).all():
         raise OneVisionError(f"{name} pixel values hold NaN or infinity")
     return pixels
-
-
-def _batches(members: list[int], patches: int, heads: int) -> list[list[int]]:
-    """Split segments of one size so that no call's attention scores pass the limit."""
-    count = max(1, _MAX_SCORES // (heads * (patches + 1) ** 2))
-    return [members[i : i + count] for i in range(0, len(members), count)]

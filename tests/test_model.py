@@ -203,7 +203,7 @@ def test_a_bundle_without_tokenizer_serves_the_token_level(golden_model: Model) 
 def test_an_image_too_large_for_this_machine_is_refused_with_a_limit(
     model: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("onevision_edge.runtime.vision.memory_field", lambda name: 10_000_000)
+    monkeypatch.setattr("onevision_edge.runtime.backend.memory_field", lambda name: 10_000_000)
     image = Image.new("RGB", (700, 700))
     with pytest.raises(OneVisionError, match=r"needs .* for its attention.*max_pixels=(\d+)") as refused:
         model.generate(user(image, QUESTION), max_pixels=700 * 700)

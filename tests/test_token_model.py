@@ -215,7 +215,7 @@ def test_pixels_that_do_not_fit(golden_model: Model, pixels: Any, grid: Any, mes
 
 def test_an_image_that_memory_cannot_hold(golden_model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     """The refusal names a size that would do: an image of that many pixels passes."""
-    monkeypatch.setattr("onevision_edge.runtime.vision.memory_field", lambda _: 100_000)
+    monkeypatch.setattr("onevision_edge.runtime.backend.memory_field", lambda _: 100_000)
     message = refusal(golden_model.encode_images, *image(20, 20))
     assert "an image of 400 patches needs" in message
     patches = int(message.split("max_pixels=")[1].split()[0]) // 14**2
