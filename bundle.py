@@ -284,33 +284,38 @@ class BundleWriter:
 
 @contextmanager
 def writing(
-    destination: str | os.PathLike[str], overwrite: bool = False, expected_bytes: int = 0
+    destination: str | os.PathLike[str],
+    overwrite: bool = False,
+    expected_bytes: int = 0,
+    *,
+    marker: str = MANIFEST,
+    what: str = "bundle",
 ) -> Iterator[BundleWriter]:
-    """Write a bundle to `destination`: all of it, or nothing.
+    """Write a bundle to `destination`: all of it, or nothing. Other directories, too, that hold a `marker` file.
 
     expected_bytes: refuse at once where the disk has less free. Raises OneVisionError when the destination
     exists (unless `overwrite` and it is a bundle), another process writes it, or the disk is full.
     """
     target = Path(os.path.abspath(destination))
-    check_destination(target, overwrite)
+    check_destination(target, overwrite, marker, what)
     staging = target.parent / f".{target.name}.partial"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        lock = _claim(staging)
+        lock = _claim(staging, what)
     except (FileExistsError, NotADirectoryError) as error:
         raise OneVisionError(f"{target}: cannot be written: {error.filename} is not a directory") from error
     except OSError as error:
         raise OneVisionError(f"{target}: cannot be written: {error.strerror}") from error
     try:
-        check_destination(target, overwrite)  # again: another process may have finished in between
-        _check_space(staging, expected_bytes)
+        check_destination(target, overwrite, marker, what)  # again: another process may have finished in between
+        _check_space(staging, expected_bytes, what)
         yield BundleWriter(staging)
         _replace(staging, target)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             free = shutil.disk_usage(staging).free
             raise OneVisionError(
-                f"{target}: the disk is full ({_size(free)} free); nothing of the bundle was kept, free some room and "
+                f"{target}: the disk is full ({_size(free)} free); nothing of the {what} was kept, free some room and "
                 "try again"
             ) from error
         raise OneVisionError(f"{target}: cannot be written: {error.strerror or error}") from error
@@ -320,7 +325,7 @@ def writing(
         os.close(lock)
 
 
-def check_destination(target: Path, overwrite: bool) -> None:
+def check_destination(target: Path, overwrite: bool, marker: str = MANIFEST, what: str = "bundle") -> None:
     """Refuse to write where something else stands."""
     if not target.exists():
         return
@@ -328,13 +333,13 @@ def check_destination(target: Path, overwrite: bool) -> None:
         raise OneVisionError(f"{target} exists and is not a directory")
     if not any(target.iterdir()):
         return
-    if not (target / MANIFEST).is_file():
-        raise OneVisionError(f"{target} exists and is not a bundle; choose another destination")
+    if not (target / marker).is_file():
+        raise OneVisionError(f"{target} exists and is not a {what}; choose another destination")
     if not overwrite:
         raise OneVisionError(f"{target} exists; pass --overwrite to replace it")
 
 
-def _claim(staging: Path) -> int:
+def _claim(staging: Path, what: str) -> int:
     """Take the staging directory for this process, swept clean; returns the locked descriptor."""
     while True:
         staging.mkdir(exist_ok=True)
@@ -343,7 +348,7 @@ def _claim(staging: Path) -> int:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(lock)
-            raise OneVisionError(f"{staging}: another process is writing this bundle; wait for it to end") from None
+            raise OneVisionError(f"{staging}: another process is writing this {what}; wait for it to end") from None
         if _stands_at(staging, lock):
             break
         os.close(lock)  # another process finished and renamed it between the two calls
@@ -359,11 +364,11 @@ def _stands_at(path: Path, descriptor: int) -> bool:
     return False
 
 
-def _check_space(directory: Path, expected_bytes: int) -> None:
+def _check_space(directory: Path, expected_bytes: int, what: str) -> None:
     free = shutil.disk_usage(directory).free
     if expected_bytes > free:
         raise OneVisionError(
-            f"{directory.parent}: the bundle needs {_size(expected_bytes)}, the disk has {_size(free)} free"
+            f"{directory.parent}: the {what} needs {_size(expected_bytes)}, the disk has {_size(free)} free"
         )
 
 

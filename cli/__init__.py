@@ -7,6 +7,7 @@ import click
 
 from .. import __version__
 from ..errors import OneVisionError
+from .build import build
 from .bundles import inspect, verify
 from .demo import demo
 from .doctor import doctor
@@ -41,5 +42,5 @@ def main() -> None:
     """
 
 
-for command in (demo, export, quantize, run, chat, inspect, verify, targets, doctor):
+for command in (demo, export, quantize, build, run, chat, inspect, verify, targets, doctor):
     main.add_command(command)

@@ -1,0 +1,325 @@
+"""From a bundle to engines beside it: what is refused is refused first, then each graph is built in its own process."""
+
+import json
+import logging
+import os
+import queue
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..bundle import Bundle, BundleWriter, Progress, no_progress, writing
+from ..config import read_json
+from ..errors import OneVisionError
+from ..precision.plan import Plan
+from ..runtime.memory import memory_field
+from .commands import SCRIPT, commands, engine_file, script
+from .dialects import RTX, TENSORRT, BuildOptions, Dialect
+from .estimate import Estimate, check_fits, estimate
+from .gpu import compute_capability
+from .profiles import Profile, inputs_of, part_profiles, profiles
+from .record import ENGINES, RECORD, EngineRecord, EngineSet, source_digests
+from .targets import Target, check, target
+
+LOG = logging.getLogger(__name__)
+_LEVELS = {"INTERNAL_ERROR": logging.INFO, "ERROR": logging.INFO, "WARNING": logging.INFO, "INFO": logging.DEBUG}
+_GRACE = 20.0  # seconds that a build has to stop by itself
+DEFAULT_PIXELS = 1600 * 1600  # where the bundle has no preprocessor_config.json
+
+Phases = Callable[[str, str], Any]  # title, unit -> context manager that gives a Progress
+
+
+@contextmanager
+def silent(title: str, unit: str = "B") -> Iterator[Progress]:
+    """The progress of callers who want none."""
+    yield no_progress
+
+
+@dataclass(frozen=True, slots=True)
+class BuildPlan:
+    """A build, decided and checked. dialect: None where it is left to the device, by the commands.
+
+    names: of the targets, joined for the folder. again: the command that builds the same once more.
+    """
+
+    bundle: Bundle
+    parts: tuple[str, ...]
+    targets: tuple[Target, ...]
+    dialect: Dialect | None
+    why_not: str  # why it is not built here
+    profiles: tuple[Profile, ...]
+    options: BuildOptions
+    estimate: Estimate
+    commands: dict[str, dict[str, list[str]]] = field(hash=False)
+    again: str
+
+    @property
+    def capabilities(self) -> tuple[str, ...]:
+        """Compute capabilities of the targets, each once."""
+        return tuple(dict.fromkeys(t.capability for t in self.targets if t.capability))
+
+    @property
+    def folder(self) -> Path:
+        """Where the engines go: engines/<target>/ in the bundle."""
+        return self.bundle.directory / ENGINES / "+".join(t.name for t in self.targets)
+
+    @property
+    def script(self) -> str:
+        """The shell script of the commands."""
+        return script(self.commands, [t.name for t in self.targets], self.capabilities)
+
+
+def plan_build(
+    path: str | os.PathLike[str],
+    targets: Sequence[str],
+    *,
+    engine: str | None = None,
+    parts: Sequence[str] | None = None,
+    options: BuildOptions | None = None,
+    max_pixels: int | None = None,
+    again: str = "",
+    **limits: Any,
+) -> BuildPlan:
+    """Decide a build of the bundle at `path` for targets, by name; several are compute capabilities of one engine.
+
+    engine: tensorrt-rtx, tensorrt, or None for the one that can build for them here; where none can, the plan holds
+    commands alone. limits: max_tokens, max_batch, max_images, max_rows, decode_profile (see profiles.profiles).
+    Raises OneVisionError for what a target lacks before anything else is looked at.
+    """
+    bundle, options = Bundle.open(path), options or BuildOptions()
+    found = tuple(_target(name) for name in targets)
+    parts = tuple(parts or bundle.manifest.graphs)
+    for part in parts:
+        bundle.graph(part)
+    for one in found:
+        check(_plan(bundle), one)
+    capabilities = tuple(dict.fromkeys(t.capability or "" for t in found))
+    dialect, why_not = _choose(engine, capabilities)
+    if dialect is not None:
+        dialect.check(options)
+    pixels = _max_pixels(bundle) if max_pixels is None else max_pixels
+    shapes = profiles(bundle.manifest, max_pixels=pixels, **limits)
+    expected = estimate(bundle.manifest, parts, shapes, found)
+    told = commands(bundle.manifest, parts, shapes, options, capabilities)
+    return BuildPlan(bundle, parts, found, dialect, why_not, shapes, options, expected, told, again)
+
+
+def _target(name: str) -> Target:
+    found = target(name)
+    if found.capability is None:
+        raise OneVisionError("the cpu target has no engine to build: ONNX Runtime runs the bundle as it is")
+    return found
+
+
+def _plan(bundle: Bundle) -> Plan:
+    quantization = bundle.manifest.quantization
+    if quantization:
+        return Plan.from_dict(quantization["plan"])
+    return Plan("float", next(iter(bundle.manifest.graphs.values())).dtype)
+
+
+def _max_pixels(bundle: Bundle) -> int:
+    """What the bundle's own preprocessing shrinks images to."""
+    path = bundle.directory / "preprocessor_config.json"
+    value = read_json(path).get("max_pixels") if path.is_file() else None
+    return value if isinstance(value, int) and value > 0 else DEFAULT_PIXELS
+
+
+def _choose(engine: str | None, capabilities: tuple[str, ...]) -> tuple[Dialect | None, str]:
+    """What builds for these here; None, and why, where nothing does and nothing was asked for."""
+    foreign = [name for name in capabilities if name not in (RTX.capabilities or ())]
+    if engine == RTX.name or (engine is None and not foreign):
+        if foreign:
+            raise OneVisionError(
+                f"TensorRT-RTX builds for {', '.join(RTX.capabilities or ())}, not for {', '.join(foreign)}: leave "
+                f"--engine out, and {SCRIPT} is written for the device itself"
+            )
+        RTX.load()
+        return RTX, ""
+    try:
+        TENSORRT.load()
+        _check_gpu(capabilities)
+    except OneVisionError as error:
+        if engine is not None:
+            raise
+        return None, str(error)
+    return TENSORRT, ""
+
+
+def _check_gpu(capabilities: tuple[str, ...]) -> None:
+    """TensorRT builds for the GPU it runs on."""
+    here = compute_capability()
+    if here is None:
+        raise OneVisionError("TensorRT builds on the GPU it builds for, and there is none here")
+    if capabilities != (here,):
+        raise OneVisionError(
+            f"TensorRT builds on the GPU it builds for, which is {here} here, not {', '.join(capabilities)}"
+        )
+
+
+def check_plan(plan: BuildPlan) -> None:
+    """Raise OneVisionError, with numbers, where the estimate says that a build cannot fit: see estimate.check_fits."""
+    here = plan.dialect is not None
+    ram = memory_field("MemAvailable") if here else None
+    check_fits(plan.estimate, plan.targets, ram, _free(plan.bundle.directory) if here else None)
+
+
+def _free(path: Path) -> int:
+    status = os.statvfs(path)
+    return status.f_bavail * status.f_frsize
+
+
+def build(
+    plan: BuildPlan, *, overwrite: bool = False, phases: Phases = silent, verbose: bool = False
+) -> EngineSet | None:
+    """Build a plan's engines into its folder: all of them and their record, or nothing.
+
+    Returns the record; None where only the commands were written. Raises OneVisionError where a build fails, the
+    folder exists (unless `overwrite`), or the disk is full. verbose: pass TensorRT's verbose messages on.
+    """
+    with writing(plan.folder, overwrite, marker=SCRIPT, what="folder of engines") as writer:
+        _write_script(writer, plan.script)
+        record = None
+        if plan.dialect is not None:
+            record = _build_parts(plan, plan.dialect, writer, phases, verbose)
+            writer.path(RECORD).write_text(json.dumps(record.to_dict(), indent=1) + "\n", encoding="utf-8")
+            writer.seal(RECORD)
+    return record
+
+
+def _write_script(writer: BundleWriter, text: str) -> None:
+    writer.path(SCRIPT).write_text(text, encoding="utf-8")
+    writer.path(SCRIPT).chmod(0o755)
+    writer.seal(SCRIPT)
+
+
+def _build_parts(plan: BuildPlan, dialect: Dialect, writer: BundleWriter, phases: Phases, verbose: bool) -> EngineSet:
+    engines, version = {}, ""
+    for part in plan.parts:
+        spec = plan.bundle.graph(part)
+        chosen = part_profiles(part, plan.profiles)
+        sources = source_digests(plan.bundle, [spec.file, f"{spec.file}.data"])
+        job = {
+            "engine": dialect.name,
+            "bundle": str(plan.bundle.directory.absolute()),
+            "part": part,
+            "capabilities": plan.capabilities,
+            "options": plan.options.to_dict(),
+            "ranges": [[_plain(r) for r in inputs_of(spec, profile)] for profile in chosen],
+            "output": str(writer.path(engine_file(part)).absolute()),
+            "verbose": verbose,
+        }
+        with phases(f"build {part}", "steps") as report:
+            done = run_worker(job, report)
+        version = done["version"]
+        engines[part] = EngineRecord(
+            file=engine_file(part),
+            size=done["size"],
+            sha256=done["sha256"],
+            sources=sources,
+            profiles={profile.name: profile.limits() for profile in chosen},
+            seconds=done["seconds"],
+            peak_rss=done["peak_rss"],
+            layers=done["layers"],
+        )
+    return EngineSet(
+        engine=dialect.name,
+        version=version,
+        target="+".join(t.name for t in plan.targets),
+        capabilities=plan.capabilities,
+        options=plan.options.to_dict(),
+        command=plan.again,
+        estimate=plan.estimate.to_dict(),
+        engines=engines,
+    )
+
+
+def _plain(r: Any) -> dict[str, Any]:
+    return {"name": r.name, "min": r.min, "opt": r.opt, "max": r.max, "values": r.values}
+
+
+def run_worker(job: dict[str, Any], report: Progress = no_progress) -> dict[str, Any]:
+    """Build one engine in a process of its own (see worker.py); returns what it says at the end.
+
+    An interrupt ends that process, too. Raises OneVisionError, or OSError where the disk fails.
+    """
+    package = __name__.rsplit(".", 2)[0]
+    process = subprocess.Popen(
+        [sys.executable, "-c", f"from {package}.engines.worker import main; main()"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        start_new_session=True,  # the terminal's Ctrl-C comes to us, and we end it
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    noise: queue.SimpleQueue[str] = queue.SimpleQueue()
+    reader = threading.Thread(target=_drain, args=(process.stderr, noise), daemon=True)
+    reader.start()
+    last: dict[str, Any] = {}
+    try:
+        with suppress(BrokenPipeError):  # it died before it read its job; how, is told below
+            process.stdin.write(json.dumps(job) + "\n")
+            process.stdin.flush()
+        for line in process.stdout:
+            last = json.loads(line)
+            if "progress" in last:
+                report(*last["progress"])
+            elif "log" in last:
+                severity, message = last["log"]
+                LOG.log(_LEVELS.get(severity, logging.DEBUG), "%s", message)
+        process.wait()
+    except BaseException:
+        _stop(process)
+        raise
+    finally:
+        with suppress(BrokenPipeError):
+            process.stdin.close()
+        process.stdout.close()
+        reader.join(1)
+    return _outcome(job, last, process.returncode, noise)
+
+
+def _drain(stream: Any, lines: "queue.SimpleQueue[str]") -> None:
+    """What the library prints by itself is logged, and kept for a death without a word."""
+    with stream:
+        for line in stream:
+            LOG.info("%s", line.rstrip())
+            lines.put(line)
+
+
+def _stop(process: "subprocess.Popen[str]") -> None:
+    """End a build: by the end of its input first, at the next step of its progress; else by force."""
+    with suppress(BrokenPipeError, ValueError):
+        if process.stdin is not None:
+            process.stdin.close()
+    try:
+        process.wait(_GRACE)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _outcome(
+    job: dict[str, Any], last: dict[str, Any], returncode: int, noise: "queue.SimpleQueue[str]"
+) -> dict[str, Any]:
+    if "done" in last:
+        return dict(last["done"])
+    if "error" in last:
+        raise OneVisionError(last["error"])
+    if "os_error" in last:
+        raise OSError(*last["os_error"], job["output"])
+    lines = []
+    while not noise.empty():
+        lines.append(noise.get().strip())
+    said = f" ({lines[-1]})" if lines else ""
+    if returncode == -9:
+        said = ": it was killed, as the system does when memory runs out"
+    raise OneVisionError(f"the build of the {job['part']} engine ended with status {returncode}{said}")
