@@ -107,6 +107,11 @@ class Graph:
         return None
 
     @property
+    def logits_per_call(self) -> int | None:
+        """The most rows of logits of one decoder call: any number."""
+        return None
+
+    @property
     def rows(self) -> int | None:
         """The most cache rows that a call can read: all."""
         return None

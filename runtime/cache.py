@@ -98,6 +98,9 @@ class Decoder:
         Returns float32 logits: [vocab] of the last token, or [n, vocab].
         """
         wanted = np.array([len(embeds) - 1]) if rows is None else rows
+        chunk = min(chunk, self.graph.tokens_per_call or chunk)
+        if rows is not None:
+            chunk = min(chunk, self.graph.logits_per_call or chunk)
         collected = np.empty((len(wanted), self.vocab_size), np.float32)
         for start in range(0, len(embeds), chunk):
             part = embeds[start : start + chunk]

@@ -83,6 +83,11 @@ class EngineGraph:
         return self._most("inputs_embeds", 1)
 
     @property
+    def logits_per_call(self) -> int:
+        """The most rows of logits of one decoder call, for each sequence."""
+        return self._most("logits_indices", 1)
+
+    @property
     def rows(self) -> int:
         """The most cache rows that a call can read."""
         return max(ranges["valid_length"][1][0] for ranges in self.profiles)

@@ -199,7 +199,6 @@ class TokenModel:
         graph = self._decoder_graph()
         assert self._table is not None
         graph.check_batch(batch)
-        chunk = min(chunk, graph.tokens_per_call or chunk)
         with self._lock:
             decoders, self._idle = self._idle, []
         if not decoders or decoders[0].cache.batch != batch:
