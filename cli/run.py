@@ -13,7 +13,7 @@ from .console import print_json, say
 if TYPE_CHECKING:
     from ..runtime.model import Generation, Model
 
-_LOAD = ("threads", "prefill_chunk", "prepack", "exact")
+_LOAD = ("threads", "prefill_chunk", "prepack", "exact", "provider", "engines")
 
 _OPTIONS = [
     click.option("--max-tokens", type=click.IntRange(1), default=512, show_default=True, help="Longest answer."),
@@ -41,6 +41,16 @@ _OPTIONS = [
     ),
     click.option(
         "--exact", is_flag=True, help="Keep activations of INT4 and INT8 weights in floating point: slower on a CPU."
+    ),
+    click.option(
+        "--provider",
+        type=click.Choice(["cpu", "cuda", "tensorrt-rtx"]),
+        default="cpu",
+        show_default=True,
+        help="Of ONNX Runtime, where it has it.",
+    ),
+    click.option(
+        "--engines", metavar="TARGET", help="Run TensorRT engines, as built for TARGET; auto: those for this GPU."
     ),
 ]
 
@@ -140,7 +150,8 @@ def _turn(
 def _load(bundle: Path, options: dict[str, Any]) -> "Model":
     from ..runtime.model import load
 
-    return load(bundle, **{name: options.pop(name) for name in _LOAD})
+    chosen = {name: options.pop(name) for name in _LOAD}
+    return load(bundle, **{**chosen, "engines": chosen["engines"] == "auto" or chosen["engines"] or False})
 
 
 def _media(

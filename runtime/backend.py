@@ -18,6 +18,11 @@ from .stitching import EmbeddingTable, stitch
 from .wide import widened
 
 _ERRORS_ONLY = 3
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
+}
 # Attention scores of one call, images * heads * patches^2 values, stay below this (float32: 1 GiB).
 _MAX_SCORES = 1 << 28
 # It moves the rounding of an INT8 cache's values up to the product that makes them, which then runs in floating point
@@ -36,12 +41,13 @@ class SessionOptions:
     with quantised weights do want it (one row by 4-bit weights: 1.2 ms against 127), so that None is on for
     graphs that have any, and off for the others. exact: keep the activations of weight-only products in floating
     point, as the graph says; ONNX Runtime rounds them to INT8 otherwise, block by block, and is 2 to 100 times
-    faster.
+    faster. provider: of PROVIDERS.
     """
 
     threads: int | None = None
     prepack: bool | None = None
     exact: bool = False
+    provider: str = "cpu"
     log_severity: int = _ERRORS_ONLY
     profile_prefix: str | None = None
 
@@ -64,7 +70,11 @@ class SessionOptions:
     def open(self, bundle: Bundle, part: str) -> "Graph":
         """A graph of a bundle, loaded. Raises OneVisionError."""
         spec = bundle.graph(part)
-        return Graph(bundle.path(spec.file), spec, self)
+        if self.provider == "cpu":
+            return Graph(bundle.path(spec.file), spec, self)
+        from .provider_graph import ProviderGraph
+
+        return ProviderGraph(bundle.path(spec.file), spec, self)
 
 
 class Graph:
@@ -74,7 +84,7 @@ class Graph:
         self.spec = spec
         self.fmt: FloatFormat = float_format(spec.dtype)
         self.log_severity = options.log_severity
-        if self.fmt.name == "bf16":
+        if self.fmt.name == "bf16" and options.provider == "cpu":
             raise OneVisionError(
                 f"{path}: ONNX Runtime's CPU provider has no bfloat16 kernels; export with --dtype fp32 or fp16 to run "
                 "here (a bf16 bundle is for TensorRT)"
@@ -88,12 +98,15 @@ class Graph:
             self.session = ort.InferenceSession(
                 os.fspath(path),
                 session_options,
-                providers=["CPUExecutionProvider"],
+                providers=self._providers(),
                 disabled_optimizers=DISABLED_OPTIMIZERS,
             )
         except Exception as error:  # ONNX Runtime's exceptions share no useful base
             raise OneVisionError(f"{path}: ONNX Runtime cannot load this graph: {_first_line(error)}") from error
         self._check_contract(path)
+
+    def _providers(self) -> list[Any]:
+        return [PROVIDERS["cpu"]]
 
     @property
     def cache_dtype(self) -> np.dtype:

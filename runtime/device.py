@@ -7,6 +7,7 @@ on its one stream, in order; nothing waits but `synchronize`.
 import ctypes
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from time import perf_counter
 from typing import Any, Protocol
 
@@ -69,10 +70,19 @@ class Allocation:
             self.driver.free(pointer)
 
 
+@dataclass(frozen=True, slots=True)
+class Borrowed:
+    """Memory on a device that something else owns, and gives back."""
+
+    driver: Driver
+    pointer: int
+    owner: Any
+
+
 class DeviceArray:
     """A contiguous array on a device. Its first axis can be sliced, without a copy, and assigned to."""
 
-    def __init__(self, allocation: Allocation, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> None:
+    def __init__(self, allocation: Allocation | Borrowed, offset: int, shape: tuple[int, ...], dtype: np.dtype) -> None:
         self.allocation, self.offset, self.shape, self.dtype = allocation, offset, shape, np.dtype(dtype)
 
     @classmethod

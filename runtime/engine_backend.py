@@ -65,9 +65,7 @@ class Engines:
         folders = engine_folders(bundle)
         names = [folder.name for folder in folders]
         if not folders:
-            raise OneVisionError(
-                f"{bundle.directory} has no engines: onevision-edge build {bundle.directory} --target …"
-            )
+            raise OneVisionError(f"{bundle.directory} has no engines yet: make them with onevision-edge build")
         if self.target is not None:
             if self.target not in names:
                 raise OneVisionError(f"{bundle.directory} has no engines for {self.target}, only {', '.join(names)}")
@@ -90,9 +88,7 @@ class Engines:
         runtime = library.Runtime(logger)
         engine = runtime.deserialize_cuda_engine(path.read_bytes())
         if engine is None:
-            raise OneVisionError(
-                f"{path}: {found.engine} {library.__version__} cannot load this engine; its log says why"
-            )
+            raise OneVisionError(f"{path}: {found.engine} {library.__version__} cannot load it; its log says why")
         self._libraries[f"{found.engine} {part}"] = (logger, runtime)  # must outlive the engine
         return engine
 

@@ -17,7 +17,7 @@ from ..config import VisionConfig
 from ..errors import OneVisionError
 from ..precision import FLOAT_FORMATS, FloatFormat, float_format
 from .device import ALIGNMENT, DeviceArray, Driver, Staging
-from .stitching import EmbeddingTable, runs
+from .stitching import EmbeddingTable, stitch_on_device
 
 # By TensorRT's names. BF16 is held as its bits, as everywhere on the host.
 _DTYPES: dict[str, np.dtype] = {
@@ -133,23 +133,7 @@ class EngineGraph:
 
     def stitch(self, table: EmbeddingTable, ids: np.ndarray, features: Mapping[int, DeviceArray]) -> DeviceArray:
         """Embeddings of `ids` on the device, [tokens, D]: text rows come from the host, the others lie there."""
-        embeds = self.empty((len(ids), table.values.shape[1]))
-        text = ~np.isin(ids, list(features))
-        staging, width = Staging(self.driver), table.values.shape[1] * self.fmt.itemsize
-        host = staging.host(int(text.sum()) * width)
-        host[:] = table[ids[text]].reshape(-1).view(np.uint8)
-        taken = dict.fromkeys(features, 0)
-        used = 0
-        for start, stop, token_id in runs(np.where(text, -1, ids)):
-            if token_id in features:
-                embeds[start:stop] = features[token_id][taken[token_id] : taken[token_id] + stop - start]
-                taken[token_id] += stop - start
-            else:
-                count = (stop - start) * width
-                self.driver.upload(embeds[start:stop].pointer, host[used : used + count])
-                used += count
-        self.driver.synchronize()  # the pinned rows go with this call
-        return embeds
+        return stitch_on_device(self.driver, self.fmt.numpy, table, ids, features)
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> list[DeviceArray]:
         """Run once on host arrays; returns the outputs in the graph's order, on the device."""

@@ -141,17 +141,27 @@ def load(
     prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
+    provider: str = "cpu",
+    engines: str | bool = False,
 ) -> Model:
-    """Load a bundle to run on ONNX Runtime's CPU provider.
+    """Load a bundle to run on ONNX Runtime, by default on the CPU, or in TensorRT engines.
 
+    provider: of ONNX Runtime: cpu, cuda or tensorrt-rtx. engines: a target that `onevision-edge build` was run for, or
+    True for the one that this GPU runs; in place of ONNX Runtime, to which threads, prepack, exact and provider belong.
     threads: None for one per physical core. prepack: copy the weights into the layout the kernels like best; else
     they stay in the mapped file, which loads at once and takes half the memory; None: quantised ones alone. exact:
     activations of weight-only products stay floats, as on other engines; ONNX Runtime rounds them to INT8
     otherwise, which is several times faster. prefill_chunk: prompt tokens per decoder call. min_pixels,
     max_pixels: limits images are resized to, in place of the checkpoint's. Raises OneVisionError.
     """
-    options = SessionOptions(threads=threads, prepack=prepack, exact=exact)
-    return Model(Bundle.open(bundle), options, prefill_chunk, min_pixels, max_pixels)
+    backend: Backend = SessionOptions(threads=threads, prepack=prepack, exact=exact, provider=provider)
+    if engines:
+        if backend != SessionOptions():
+            raise OneVisionError("threads, prepack, exact and provider are ONNX Runtime's, engines have none of them")
+        from .engine_backend import Engines
+
+        backend = Engines(None if engines is True else str(engines))
+    return Model(Bundle.open(bundle), backend, prefill_chunk, min_pixels, max_pixels)
 
 
 def _advance(sequence: Running, decoder: StreamDecoder) -> str:

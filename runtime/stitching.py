@@ -9,6 +9,7 @@ import numpy as np
 from ..bundle import TableSpec
 from ..errors import OneVisionError
 from ..precision import FLOAT_FORMATS
+from .device import DeviceArray, Driver
 
 
 class EmbeddingTable:
@@ -57,4 +58,28 @@ def stitch(table: EmbeddingTable, ids: np.ndarray, features: Mapping[int, np.nda
     embeds = table[ids]
     for token_id, rows in features.items():
         embeds[ids == token_id] = rows
+    return embeds
+
+
+def stitch_on_device(
+    driver: Driver, dtype: np.dtype, table: EmbeddingTable, ids: np.ndarray, features: Mapping[int, DeviceArray]
+) -> DeviceArray:
+    """The same on a device, where the features lie: only text rows are copied there, from pinned memory."""
+    width = table.values.shape[1]
+    embeds = DeviceArray.empty(driver, (len(ids), width), dtype)
+    text = ~np.isin(ids, list(features))
+    rows, used = table[ids[text]].reshape(-1).view(np.uint8), 0
+    host = driver.pinned(len(rows))
+    host[:] = rows
+    taken = dict.fromkeys(features, 0)
+    for start, stop, token_id in runs(np.where(text, -1, ids)):
+        count = stop - start
+        if token_id in features:
+            embeds[start:stop] = features[token_id][taken[token_id] : taken[token_id] + count]
+            taken[token_id] += count
+        else:
+            nbytes = count * width * dtype.itemsize
+            driver.upload(embeds[start:stop].pointer, host[used : used + nbytes])
+            used += nbytes
+    driver.synchronize()  # the pinned rows go with this call
     return embeds

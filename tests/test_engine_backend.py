@@ -24,6 +24,7 @@ from onevision_edge.runtime.backend import SessionOptions
 from onevision_edge.runtime.device import ALIGNMENT, DeviceArray, HostDriver, Staging
 from onevision_edge.runtime.engine_graph import EngineGraph
 from onevision_edge.runtime.model import Model
+from onevision_edge.runtime.provider_graph import ProviderGraph
 
 trt = pytest.importorskip(
     "tensorrt_rtx_bindings",
@@ -306,3 +307,54 @@ def test_a_sequence_that_cannot_be_aligned_is_refused(bundle: Callable[[str], Pa
     binding.in_place("past_key.0", "present_key.0", cache[0:1])
     with pytest.raises(OneVisionError, match="ask for one sequence at a time"):
         binding.in_place("past_key.0", "present_key.0", cache[1:2])
+
+
+# ONNX Runtime's GPU providers.
+
+
+class OnCpu(ProviderGraph):
+    """The graph of a GPU provider, on the CPU's, with the host's memory as the GPU's."""
+
+    def _check_provider(self) -> None:
+        pass
+
+    def _providers(self) -> list[Any]:
+        return ["CPUExecutionProvider"]
+
+
+class OnCpuOptions:
+    def __init__(self) -> None:
+        self.driver = HostDriver()
+
+    def open(self, bundle: Bundle, part: str) -> ProviderGraph:
+        spec = bundle.graph(part)
+        options = SessionOptions(provider="cuda", exact=True)
+        return OnCpu(bundle.path(spec.file), spec, options, self.driver, "cpu")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_arrays_that_lie_on_the_device_are_bound_where_they_lie(
+    bundle: Callable[[str], Path], precision: str, token_inputs: dict[str, np.ndarray]
+) -> None:
+    opened = Bundle.open(bundle(precision))
+    ours, theirs = Model(opened, OnCpuOptions()), Model(opened, SessionOptions(exact=True))
+    np.testing.assert_array_equal(ours.logits(**token_inputs), theirs.logits(**token_inputs))
+    asked = [messages(entry) for entry in QUESTIONS[:2]]
+    answers = [[a.token_ids for a in model.generate(asked, max_tokens=64)] for model in (ours, theirs)]
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"provider": "cuda"}, "has no CUDAExecutionProvider, only .*: uninstall onnxruntime.*install onnxruntime-gpu"),
+        ({"provider": "tensorrt-rtx"}, "has no NvTensorRTRTXExecutionProvider"),
+        ({"provider": "rocm"}, "unknown provider 'rocm': choose one of cpu, cuda, tensorrt-rtx"),
+        ({"engines": True}, "has no engines yet: make them with onevision-edge build"),
+        ({"engines": "sm86"}, "has no engines yet"),
+        ({"engines": "sm86", "threads": 2}, "are ONNX Runtime's, engines have none of them"),
+    ],
+)
+def test_what_is_not_here_is_said(bundle: Callable[[str], Path], options: dict[str, Any], message: str) -> None:
+    with pytest.raises(OneVisionError, match=message):
+        onevision_edge.load(bundle("fp16"), **options)
