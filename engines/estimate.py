@@ -1,7 +1,7 @@
 """What a build will take and give, from the manifest alone: engine size, memory, time.
 
-Sizes and build memory follow measurements with TensorRT-RTX 1.7 (benchmarks/engine_builds.py), the bounds on time
-the roofline, device memory a count of the tensors that live at once.
+Sizes and build memory follow builds by TensorRT-RTX 1.7 of decoders of 3 MB to 4 GB (benchmarks/engine_builds.py, all
+within a quarter), the bounds on time the roofline, device memory a count of the tensors that live at once.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,13 +18,13 @@ from .linears import linears
 from .profiles import Profile
 from .targets import Target
 
-# Measured; see `engine_bytes` and `build_bytes`.
-KERNEL_BYTES = 1.0e6
-KERNEL_BYTES_PER_LAYER = 0.1e6
-BUILD_BASE = 0.45e9
-BUILD_PER_WEIGHT = 3.2
-BUILD_PER_SECOND_PROFILE = 2.5
-_STORED_ONCE = ("int4", "nvfp4")  # weights that two profiles share
+# Bytes of an engine beside its weights: at all, for each layer, and for each layer more with quantised weights.
+KERNELS = {"vision": (1.2e6, 0.2e6, 0.5e6), "decoder": (1.4e6, 0.5e6, 0.5e6)}
+STORED_ONCE = ("int4", "nvfp4")  # weights that two profiles share
+# Bytes of a build's peak memory: at all, for each byte of weights, and for each byte again with a second profile.
+BUILD_BASE = 0.285e9
+BUILD_PER_WEIGHT = 3.12
+BUILD_PER_WEIGHT_AGAIN = 2.6
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,35 +85,18 @@ def estimate(
 
 
 def engine_bytes(manifest: Manifest, part: str, profiles: int = 1) -> int:
-    """Size of an engine: kernels for each profile, weights as stored, and with a second profile those of 16 and 8
-    bits once more, the head apart."""
+    """Size of an engine: weights as stored, kernels for each profile, weights of 16 and 8 bits for each profile."""
     spec = manifest.graphs[part]
-    kernels = KERNEL_BYTES + KERNEL_BYTES_PER_LAYER * _layers(manifest, part)
-    again = _stored_again(manifest, part) * (profiles - 1)
-    return int(kernels * profiles + sum(spec.weights.values()) + again)
+    base, float_layer, quantized_layer = KERNELS[part]
+    kernels = base + _layers(manifest, part) * (float_layer + quantized_layer * spec.quantized)
+    again = sum(count for name, count in spec.weights.items() if name not in STORED_ONCE)
+    return int(sum(spec.weights.values()) + kernels * profiles + again * (profiles - 1))
 
 
 def build_bytes(manifest: Manifest, part: str, profiles: int = 1) -> int:
     """Peak memory of a build: a base, and weights several times over."""
     weights = sum(manifest.graphs[part].weights.values())
-    again = _stored_again(manifest, part) * (profiles - 1)
-    return int(BUILD_BASE + BUILD_PER_WEIGHT * weights + BUILD_PER_SECOND_PROFILE * again)
-
-
-def _stored_again(manifest: Manifest, part: str) -> int:
-    """Bytes of weights that a second profile stores once more."""
-    spec = manifest.graphs[part]
-    heavy = sum(count for name, count in spec.weights.items() if name not in _STORED_ONCE)
-    return max(0, heavy - _head_bytes(manifest, spec)) if part == "decoder" else 0
-
-
-def _head_bytes(manifest: Manifest, spec: GraphSpec) -> int:
-    text = manifest.model.text
-    values = text.hidden_size * text.vocab_size
-    stored = _plan(manifest, spec).precision("decoder", "lm_head", text.hidden_size)
-    if stored.format is None:
-        return values * float_format(spec.dtype).itemsize
-    return 0 if stored.bits < 8 else values
+    return int(BUILD_BASE + weights * (BUILD_PER_WEIGHT + BUILD_PER_WEIGHT_AGAIN * (profiles - 1)))
 
 
 def _layers(manifest: Manifest, part: str) -> int:

@@ -4,7 +4,7 @@ The parser drops inputs that it does not know what to do with and says nothing; 
 attention as silently. Each check names what it found. Nothing here needs a GPU.
 """
 
-from collections.abc import Iterable, Mapping
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,17 +174,9 @@ def expected(precision: Precision, fmt: str) -> Product:
     return Product(form.codes.name, fmt, form.block, form.two_level, activation)
 
 
-def layer_counts(parsed: ParsedNetwork) -> Mapping[str, int]:
-    """How many layers of each kind the network has, for the record."""
-    names = (str(layer.type).rsplit(".", 1)[-1] for layer in parsed.layers)
-    return _counted(names)
-
-
-def _counted(names: Iterable[str]) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for name in names:
-        counts[name] = counts.get(name, 0) + 1
-    return dict(sorted(counts.items()))
+def layer_counts(parsed: ParsedNetwork) -> dict[str, int]:
+    """How many layers of each kind a network has, for the record."""
+    return dict(sorted(Counter(layer.type.name for layer in parsed.layers).items()))
 
 
 def _name(dtype: Any) -> str:

@@ -9,6 +9,7 @@ import json
 import os
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -16,11 +17,13 @@ from typing import Any
 from ..bundle import Bundle
 from ..errors import OneVisionError
 from ..precision.plan import Plan
-from .dialects import DIALECTS, BuildOptions, add_profiles, configure, create_network
+from .dialects import DIALECTS, BuildOptions, Dialect, add_profiles, configure, create_network
 from .network import ParsedNetwork, check_network, layer_counts
 
 STEPS = 1000  # that a build is said to have
 _BLOCK = 1 << 24
+
+Answer = Callable[[str, Any], None]  # kind, value
 
 
 def main() -> None:
@@ -53,47 +56,63 @@ def _wait_for_end(stop: threading.Event) -> None:
     stop.set()
 
 
-def _build(job: dict[str, Any], stop: threading.Event, answer: Any) -> dict[str, Any]:
+def _build(job: dict[str, Any], stop: threading.Event, answer: Answer) -> dict[str, Any]:
     dialect = DIALECTS[job["engine"]]
     trt = dialect.load()
     log = _logger(trt, answer, job["verbose"])
     bundle = Bundle.open(job["bundle"])
-    spec = bundle.graph(job["part"])
-    options = BuildOptions(**job["options"])
-
     builder = trt.Builder(log)
     network = create_network(trt, dialect.name, builder)
+    layers = _parse(trt, dialect, network, log, bundle, job["part"])
+    started = monotonic()
+    size, sha256 = _compile(trt, dialect, builder, network, log, job, stop, answer)
+    return {
+        "size": size,
+        "sha256": sha256,
+        "seconds": monotonic() - started,
+        "version": trt.__version__,
+        "layers": layers,
+        "peak_rss": _peak_rss(),
+    }
+
+
+def _parse(trt: Any, dialect: Dialect, network: Any, log: Any, bundle: Bundle, part: str) -> dict[str, int]:
+    """Fill a network from its graph and check it; returns its layers by kind."""
+    spec = bundle.graph(part)
     parser = trt.OnnxParser(network, log)
     if not parser.parse_from_file(str(bundle.path(spec.file))):
         errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
         raise OneVisionError(f"{spec.file}: {dialect.title} does not parse it: {_line(errors)}")
     parsed = ParsedNetwork(trt, network)
-    check_network(parsed, job["part"], spec, bundle.manifest.model, _plan(bundle))
-    layers = dict(layer_counts(parsed))
+    check_network(parsed, part, spec, bundle.manifest.model, _plan(bundle))
+    return layer_counts(parsed)
 
+
+def _compile(
+    trt: Any,
+    dialect: Dialect,
+    builder: Any,
+    network: Any,
+    log: Any,
+    job: dict[str, Any],
+    stop: threading.Event,
+    answer: Answer,
+) -> tuple[int, str]:
+    """Compile a network into the engine file; returns its size and sha256."""
+    options = BuildOptions(**job["options"])
     config = builder.create_builder_config()
     configure(trt, dialect.name, config, options, tuple(job["capabilities"]))
     add_profiles(builder, network, config, job["ranges"])
-    monitor = _monitor(trt, answer, stop)
-    config.progress_monitor = monitor
-    started = monotonic()
+    config.progress_monitor = monitor = _monitor(trt, answer, stop)
     engine = None if stop.is_set() else builder.build_serialized_network(network, config)
-    seconds = monotonic() - started
+    del monitor  # it had to outlive the build
     if stop.is_set():
         raise OneVisionError("the build was stopped")
     if engine is None:
-        raise OneVisionError(f"{spec.file}: {dialect.title} builds no engine: {_line(log.errors)}")
-    size, sha256 = _write(Path(job["output"]), engine)
+        raise OneVisionError(f"{job['part']}: {dialect.title} builds no engine: {_line(log.errors)}")
     if options.timingCacheFile is not None:
         _keep_cache(Path(options.timingCacheFile), config)
-    return {
-        "size": size,
-        "sha256": sha256,
-        "seconds": seconds,
-        "version": trt.__version__,
-        "layers": layers,
-        "peak_rss": _peak_rss(),
-    }
+    return _write(Path(job["output"]), engine)
 
 
 def _plan(bundle: Bundle) -> Plan | None:
@@ -135,7 +154,7 @@ def _peak_rss() -> int | None:
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
-def _logger(trt: Any, answer: Any, verbose: bool) -> Any:
+def _logger(trt: Any, answer: Answer, verbose: bool) -> Any:
     """A logger that forwards messages, and keeps errors to say why a build failed."""
 
     class Log(trt.ILogger):
@@ -153,7 +172,7 @@ def _logger(trt: Any, answer: Any, verbose: bool) -> Any:
     return Log()
 
 
-def _monitor(trt: Any, answer: Any, stop: threading.Event) -> Any:
+def _monitor(trt: Any, answer: Answer, stop: threading.Event) -> Any:
     """A monitor that tells how much of the build is done, and ends it when asked to."""
 
     class Monitor(trt.IProgressMonitor):
