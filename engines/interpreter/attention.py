@@ -46,7 +46,7 @@ def _causal(layer: Layer, tokens: int, rows: int) -> np.ndarray | None:
 
 
 def rotary_embedding(layer: Layer, inputs: Given) -> np.ndarray:
-    """ROTARY_EMBEDDING of x [batch, heads, tokens, d], by cos and sin [batch, tokens, d / 2] (of positions: input 3)."""
+    """ROTARY_EMBEDDING of x [batch, heads, tokens, d], by cos and sin [batch, tokens, d / 2] (or rows of input 3)."""
     x, cos, sin = (present(layer, inputs, i) for i in range(3))
     if len({x.dtype, cos.dtype, sin.dtype}) > 1:
         raise layer.error(f"x, cos and sin are {x.dtype}, {cos.dtype} and {sin.dtype}")

@@ -30,6 +30,7 @@ class Engine:
         self._trt, self.network, self._profiles = trt, network, list(profiles)
         self._tensors = {tensor.name: tensor for tensor in (*network.inputs, *network.outputs)}
         self._inputs = {tensor.name for tensor in network.inputs}
+        self.interpreter = Interpreter(network)
 
     @property
     def num_io_tensors(self) -> int:
@@ -117,7 +118,6 @@ class ExecutionContext:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._interpreter = Interpreter(engine.network)
         self._shapes_only = Interpreter(engine.network, 0, SHAPE_KERNELS)
         self._shapes = {t.name: t.shape for t in engine.network.inputs if -1 not in t.shape}
         self._addresses: dict[str, int] = {}
@@ -195,7 +195,7 @@ class ExecutionContext:
             if self.engine.tensor(name).is_shape:
                 values = tuple(int(value) for value in array.reshape(-1))
                 self.engine.check_profile(self.active_optimization_profile, name, values)
-        for name, result in self._interpreter.run(inputs).items():
+        for name, result in self.engine.interpreter.run(inputs).items():
             target = self._memory(self.engine.tensor(name), result.shape)
             if not np.shares_memory(target, result):
                 target[...] = result
@@ -205,7 +205,7 @@ class ExecutionContext:
         """The memory at a tensor's address, as an array that writes through."""
         count = int(np.prod(shape, dtype=np.int64))
         buffer = (ctypes.c_uint8 * (count * tensor.dtype.itemsize)).from_address(self._addresses[tensor.name])
-        return np.frombuffer(buffer, np.uint8).view(tensor.dtype).reshape(shape)
+        return np.ndarray(shape, tensor.dtype, memoryview(buffer))
 
     def _outputs(self) -> dict[str, np.ndarray]:
         """Arrays of the shapes that the outputs will have: only integers that shapes are made of are computed."""

@@ -26,7 +26,7 @@ class Tensor:
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """Values of a constant layer. data: uint8, as TensorRT stores them: 4-bit codes two to a byte, the low half first."""
+    """Values of a constant layer. data: uint8, as TensorRT stores them, 4-bit codes two to a byte, low half first."""
 
     data: np.ndarray
     dtype: np.dtype

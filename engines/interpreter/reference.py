@@ -34,7 +34,7 @@ class Reference:
         self._sessions: dict[bytes, ort.InferenceSession] = {}
         self.inputs = [str(value.name) for value in self.graph.inputs]
         self.outputs = [str(value.name) for value in self.graph.outputs]
-        self.constants = {name: value.const_value for name, value in self.graph.initializers.items()}
+        self.constants: dict[str, Any] = {name: v.const_value for name, v in self.graph.initializers.items()}
         self.used = {value.name for node in self.graph for value in node.inputs if value is not None}
 
     def values(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
