@@ -23,7 +23,7 @@ from .dialects import RTX, TENSORRT, BuildOptions, Dialect
 from .estimate import Estimate, check_fits, estimate
 from .gpu import compute_capability
 from .profiles import Profile, inputs_of, part_profiles, profiles
-from .record import ENGINES, RECORD, EngineRecord, EngineSet, source_digests
+from .record import BUNDLE, ENGINES, RECORD, EngineRecord, EngineSet, source_digests
 from .targets import Target, check, target
 
 LOG = logging.getLogger(__name__)
@@ -106,6 +106,7 @@ def plan_build(
     shapes = profiles(bundle.manifest, max_pixels=pixels, **limits)
     expected = estimate(bundle.manifest, parts, shapes, found)
     told = commands(bundle.manifest, parts, shapes, options, capabilities)
+    again = again or f"onevision-edge build {BUNDLE} --target {','.join(targets)} --overwrite"
     return BuildPlan(bundle, parts, found, dialect, why_not, shapes, options, expected, told, again)
 
 

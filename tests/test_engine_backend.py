@@ -4,6 +4,7 @@ behind an engine's interface, with the host's memory as the device, and answers 
 
 import gc
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -15,13 +16,16 @@ import pytest
 
 import onevision_edge
 from onevision_edge.bundle import Bundle
+from onevision_edge.engines.builder import build, plan_build
 from onevision_edge.engines.interpreter.context import Engine
 from onevision_edge.engines.interpreter.network import Network
 from onevision_edge.engines.profiles import Profile, inputs_of, part_profiles, profiles
+from onevision_edge.engines.record import EngineSet
 from onevision_edge.errors import OneVisionError
 from onevision_edge.precision.plan import Plan, default_plan
 from onevision_edge.runtime.backend import SessionOptions
 from onevision_edge.runtime.device import ALIGNMENT, DeviceArray, HostDriver, Staging
+from onevision_edge.runtime.engine_backend import Engines
 from onevision_edge.runtime.engine_graph import EngineGraph
 from onevision_edge.runtime.model import Model
 from onevision_edge.runtime.provider_graph import ProviderGraph
@@ -261,6 +265,62 @@ def test_an_engine_of_another_graph_is_refused(bundle: Callable[[str], Path]) ->
     other = Bundle.open(bundle("fp32")).graph("vision")
     with pytest.raises(OneVisionError, match="its inputs are not those the manifest names"):
         EngineGraph(vision.engine, other, backend.driver, "engine", vision.context)
+
+
+# Engine files.
+
+
+class Built(Engines):
+    """Engines as `onevision-edge build` wrote them, checked as ever; then interpreted, on the host."""
+
+    capability = "sm80"
+
+    @cached_property
+    def driver(self) -> Any:
+        return HostDriver()
+
+    def deserialize(self, bundle: Bundle, part: str, path: Path, found: EngineSet) -> Any:
+        return Interpreted().open(bundle, part).engine
+
+    def context(self, engine: Any, kind: str) -> Any:
+        return engine.create_execution_context()
+
+
+@pytest.fixture(scope="module")
+def built(bundle: Callable[[str], Path]) -> Bundle:
+    """The INT4 bundle with engines for two targets."""
+    path = bundle("int4")
+    for name in ("sm80", "sm86"):
+        build(plan_build(path, [name], max_pixels=512 * 512))
+    return Bundle.open(path)
+
+
+def test_built_engines_answer(built: Bundle) -> None:
+    for target in (None, "sm80"):
+        model = Model(built, Built(target, verify=True))
+        assert model.generate(messages(QUESTIONS[0]), max_tokens=64).text == QUESTIONS[0]["answer"]
+
+
+def test_engines_are_chosen_by_the_gpu(built: Bundle) -> None:
+    backend = Built()
+    assert backend.folder(built).name == "sm80"
+    backend.capability = "sm89"
+    with pytest.raises(OneVisionError, match="has engines for sm80, sm86: choose one of these"):
+        backend.folder(built)
+    backend.target = "sm86"
+    with pytest.raises(OneVisionError, match=r"was built for sm86, and this GPU is sm89; build it again: .* build "):
+        backend.open(built, "decoder")
+    backend.target = "sm90"
+    with pytest.raises(OneVisionError, match="has no engines for sm90, only sm80, sm86"):
+        backend.open(built, "decoder")
+
+
+def test_a_truncated_engine_is_not_loaded(built: Bundle, tmp_path: Path) -> None:
+    copied = Bundle.open(shutil.copytree(built.directory, tmp_path / "copy"))
+    engine = next((copied.directory / "engines" / "sm80").glob("decoder*"))
+    engine.write_bytes(engine.read_bytes()[:-100])
+    with pytest.raises(OneVisionError, match="it was cut or replaced; build it again: onevision-edge build "):
+        Built("sm80").open(copied, "decoder")
 
 
 # Memory.
