@@ -22,8 +22,9 @@ Error = np.ndarray | None
 Arrays = Sequence[np.ndarray | None]
 Errors = Sequence[Error]
 
-# Half a unit in the last place of 1.
+# Half a unit in the last place of 1, and of the smallest numbers.
 ROUNDOFF = {np.dtype(np.float32): 2.0**-24, np.dtype(np.float16): 2.0**-11, BFLOAT16: 2.0**-8}
+_SUBNORMAL = {np.dtype(np.float32): 2.0**-149, np.dtype(np.float16): 2.0**-25, BFLOAT16: 2.0**-134}
 _U = np.float32(2.0**-24)
 _FUNCTION = 8 * _U  # of elementary functions, each side within four units
 
@@ -65,7 +66,8 @@ def _rounds(layer: Layer, inputs: Arrays, output: np.ndarray) -> bool:
 
 def rounding(output: np.ndarray) -> np.ndarray:
     """What one rounding to the tensor's type may change."""
-    return np.abs(wide(output)) * np.float32(ROUNDOFF[output.dtype])
+    relative = np.abs(wide(output)) * np.float32(ROUNDOFF[output.dtype])
+    return np.maximum(relative, np.float32(_SUBNORMAL[output.dtype]))
 
 
 def _own(layer: Layer, inputs: Arrays, output: np.ndarray) -> Error:

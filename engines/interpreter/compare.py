@@ -23,8 +23,8 @@ from .reference import Reference
 class Departure:
     """A layer that gives another value than ONNX Runtime on equal inputs.
 
-    tensor: the value, by its ONNX name. what: "value", "type", "shape" or "constant". difference: the largest, where
-    there is one. excess: how many times what rounding explains; infinite where nothing may differ.
+    tensor: the value, by its ONNX name. what: "value", "type", "shape" or "constant". excess: how many times what
+    rounding explains, at most; infinite where nothing may differ. difference: there, or else the largest.
     """
 
     layer: str
@@ -141,13 +141,16 @@ def _judged(layer: Layer, name: str, result: np.ndarray, wanted: np.ndarray, all
     difference = _difference(result, wanted)
     if not difference.any():
         return None
-    largest = float(difference.max())
     if allowed is None:
-        return departure("constant" if layer.constant is not None else "value", largest)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        excess = np.nan_to_num(difference / (allowed + rounding(wanted)), nan=0.0, posinf=np.inf)
-    most = float(excess.max())
-    return departure("value", largest, most) if most > 1 else None
+        return departure("constant" if layer.constant is not None else "value", float(difference.max()))
+    with np.errstate(invalid="ignore"):
+        excess = difference / (allowed + rounding(wanted))
+    # Infinity over infinity: a value that overflows explains everything but another value than infinity.
+    excess = np.where(np.isnan(excess), np.float32(np.inf), excess)
+    worst = int(excess.argmax())
+    if excess.flat[worst] <= 1:
+        return None
+    return departure("value", float(difference.flat[worst]), float(excess.flat[worst]))
 
 
 def _difference(a: np.ndarray, b: np.ndarray) -> np.ndarray:
