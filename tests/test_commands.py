@@ -79,7 +79,7 @@ def run(path: Path, *arguments: str, tool: str = "", help_text: str = "") -> tup
 def shapes_of(call: list[str], profile: int = 0) -> dict[str, dict[str, tuple[int, ...]]]:
     """min, opt and max of each input in a call of trtexec or tensorrt_rtx."""
     found: dict[str, dict[str, tuple[int, ...]]] = {}
-    seen = {end: -1 for end in ENDS}
+    seen = dict.fromkeys(ENDS, -1)
     for word in call:
         if match := re.fullmatch(r"--(min|opt|max)Shapes=(.*)", word):
             seen[match[1]] += 1
