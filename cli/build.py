@@ -92,13 +92,13 @@ def build(
         again=_again(names),
         **options,
     )
-    if not force:
-        check_plan(plan)
     if not as_json:
         _say_estimate(plan, sys.stdout if dry_run else sys.stderr)
     if dry_run:
         _show(plan, as_json)
         return
+    if not force:
+        check_plan(plan)
     record = build_engines(plan, overwrite=overwrite, phases=progress, verbose=verbose)
     if as_json:
         print_json(record.to_dict() if record else {"engines": {}, "commands": plan.commands, "why": plan.why_not})
@@ -159,15 +159,17 @@ def _say_estimate(plan: "BuildPlan", stream: Any) -> None:
 
 
 def _show(plan: "BuildPlan", as_json: bool) -> None:
+    """A dry run's answer: the commands, and what would be refused."""
+    refused = _refusal(plan)
     if as_json:
-        engine = plan.dialect.name if plan.dialect else None
         print_json(
             {
-                "engine": engine,
+                "engine": plan.dialect.name if plan.dialect else None,
                 "target": [t.name for t in plan.targets],
                 "capabilities": list(plan.capabilities),
                 "profiles": {profile.name: profile.limits() for profile in plan.profiles},
                 "estimate": plan.estimate.to_dict(),
+                "refused": refused,
                 "commands": plan.commands,
             }
         )
@@ -175,6 +177,19 @@ def _show(plan: "BuildPlan", as_json: bool) -> None:
     click.echo(f"\n{plan.script}", nl=False)
     if plan.dialect is None:
         say(f"not built here: {plan.why_not}")
+    if refused is not None:
+        say(f"as it is, this would be refused: {refused}")
+
+
+def _refusal(plan: "BuildPlan") -> str | None:
+    from ..engines.builder import check_plan
+    from ..errors import OneVisionError
+
+    try:
+        check_plan(plan)
+    except OneVisionError as error:
+        return str(error)
+    return None
 
 
 def _say_written(plan: "BuildPlan", record: "EngineSet | None") -> None:

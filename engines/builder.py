@@ -93,11 +93,11 @@ def plan_build(
     """
     bundle, options = Bundle.open(path), options or BuildOptions()
     found = tuple(_target(name) for name in targets)
+    for one in found:
+        check(_plan(bundle), one)
     parts = tuple(parts or bundle.manifest.graphs)
     for part in parts:
         bundle.graph(part)
-    for one in found:
-        check(_plan(bundle), one)
     capabilities = tuple(dict.fromkeys(t.capability or "" for t in found))
     dialect, why_not = _choose(engine, capabilities)
     if dialect is not None:

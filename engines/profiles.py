@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..bundle import GraphSpec, Manifest
+from ..config import VisionConfig
 from ..errors import OneVisionError
 
 LENGTH = "valid_length"  # the decoder's shape tensor: its value, not its shape, has a range
@@ -160,11 +161,17 @@ def _shape(shape: tuple[int | str, ...], profile: Profile, end: str) -> tuple[in
     return tuple(getattr(getattr(profile, size), end) if isinstance(size, str) else size for size in shape)
 
 
-def fit(limits: Mapping[str, Mapping[str, int]], vision: Any = None, *, size: Any = None, **request: int) -> None:
+def fit(
+    limits: Mapping[str, Mapping[str, int]],
+    vision: VisionConfig,
+    *,
+    size: tuple[int, int] | None = None,
+    **request: int,
+) -> None:
     """Raise OneVisionError where a request lies outside an engine's limits, saying which, and what would fit.
 
-    limits: of the engine's record. request: any of patches, images, tokens, batch, rows, length. size: (height,
-    width) in pixels of an image, instead of its patches; vision is then the model's VisionConfig.
+    limits: of the engine's record. size: height and width in pixels of an image, after the runtime's own resizing.
+    request: any of patches, images, tokens, batch, rows, length.
     """
     if size is not None:
         _fit_image(limits["patches"]["max"], vision, *size)
@@ -181,7 +188,7 @@ def fit(limits: Mapping[str, Mapping[str, int]], vision: Any = None, *, size: An
         raise OneVisionError(f"{name} is {asked}; this engine takes {low} to {high}: {advice}")
 
 
-def _fit_image(limit: int, vision: Any, height: int, width: int) -> None:
+def _fit_image(limit: int, vision: VisionConfig, height: int, width: int) -> None:
     side = vision.patch_size * vision.spatial_merge_size
     patches = (height // vision.patch_size) * (width // vision.patch_size)
     if patches <= limit:

@@ -112,7 +112,9 @@ def _compile(
         raise OneVisionError(f"{job['part']}: {dialect.title} builds no engine: {_line(log.errors)}")
     if options.timingCacheFile is not None:
         _keep_cache(Path(options.timingCacheFile), config)
-    return _write(Path(job["output"]), engine)
+    written = _write(Path(job["output"]), engine)
+    answer("progress", [STEPS, STEPS, "written"])
+    return written
 
 
 def _plan(bundle: Bundle) -> Plan | None:

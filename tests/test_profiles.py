@@ -119,7 +119,7 @@ def limits(manifest: Manifest) -> dict[str, dict[str, int]]:
 
 def test_what_fits_is_let_pass(manifest: Manifest, limits: dict[str, dict[str, int]]) -> None:
     fit(limits, manifest.model.vision, size=(448, 448), images=1, batch=2, tokens=64, rows=32, length=256)
-    fit(limits, patches=4, length=1)
+    fit(limits, manifest.model.vision, patches=4, length=1)
 
 
 @pytest.mark.parametrize(
@@ -133,9 +133,11 @@ def test_what_fits_is_let_pass(manifest: Manifest, limits: dict[str, dict[str, i
         ({"length": 257}, "257 tokens do not fit the engine's KV cache of 256"),
     ],
 )
-def test_what_does_not_fit_is_named(limits: dict[str, dict[str, int]], request_: dict[str, int], message: str) -> None:
+def test_what_does_not_fit_is_named(
+    manifest: Manifest, limits: dict[str, dict[str, int]], request_: dict[str, int], message: str
+) -> None:
     with pytest.raises(OneVisionError) as refusal:
-        fit(limits, **request_)
+        fit(limits, manifest.model.vision, **request_)
     assert message in str(refusal.value)
 
 
