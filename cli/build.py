@@ -57,6 +57,9 @@ def _option(name: str, **settings: Any) -> Any:
 @_option("profilingVerbosity", type=click.Choice(_VERBOSITIES), help="What the engine tells of its layers.")
 @click.option("--force", is_flag=True, help="Build although the estimate says that it does not fit.")
 @click.option("--overwrite", is_flag=True, help="Replace the target's engines if there are any.")
+@click.option(
+    "--check", is_flag=True, help="First run what TensorRT parsed on this CPU, layer by layer against ONNX Runtime."
+)
 @click.option("--dry-run", is_flag=True, help="Print the estimate and the commands, and stop.")
 @click.option("--verbose", is_flag=True, help="Pass TensorRT's messages on.")
 @click.option("--json", "as_json", is_flag=True, help="Print the engines' record, or the estimate with --dry-run.")
@@ -67,6 +70,7 @@ def build(
     parts: str | None,
     force: bool,
     overwrite: bool,
+    check: bool,
     dry_run: bool,
     verbose: bool,
     as_json: bool,
@@ -99,10 +103,27 @@ def build(
         return
     if not force:
         check_plan(plan)
+    if check:
+        _check(plan)
     record = build_engines(plan, overwrite=overwrite, phases=progress, verbose=verbose)
     if as_json:
         print_json(record.to_dict() if record else {"engines": {}, "commands": plan.commands, "why": plan.why_not})
     _say_written(plan, record)
+
+
+def _check(plan: "BuildPlan") -> None:
+    """Print what every call came to. Raises OneVisionError where a layer departs."""
+    from ..engines.check import check_graphs
+    from ..engines.dialects import RTX
+    from ..errors import OneVisionError
+
+    with progress("check", "calls") as report:
+        found = check_graphs(plan.bundle, plan.parts, plan.dialect or RTX, report)
+    rows = [(one.part, one.call, str(one.comparison.compared), f"{one.difference:.2e}", one.verdict) for one in found]
+    say(table(rows, ("part", "call", "values compared", "outputs differ by", "verdict")))
+    wrong = [one for one in found if not one.passed]
+    if wrong:
+        raise OneVisionError(f"{wrong[0].part}, {wrong[0].call}: {wrong[0].verdict}; nothing was built")
 
 
 def _split(names: str) -> list[str]:
@@ -137,7 +158,7 @@ def _again(names: str) -> str:
     return shlex.join([*words, "--overwrite"])
 
 
-_REPEATED = ("names", "overwrite", "dry_run", "verbose", "as_json")
+_REPEATED = ("names", "overwrite", "check", "dry_run", "verbose", "as_json")
 
 
 def _say_estimate(plan: "BuildPlan", stream: Any) -> None:

@@ -1,21 +1,17 @@
 """A bundle's TensorRT engines as a backend: found, checked before they are loaded, deserialised."""
 
-import logging
 from dataclasses import dataclass, field
 from functools import cached_property
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from ..bundle import Bundle
+from ..engines.dialects import DIALECTS
 from ..engines.record import ENGINES, EngineSet, check_engine, engine_folders, read_set
 from ..errors import OneVisionError
 from .cuda import CudaDriver
 from .device import Driver
 from .engine_graph import EngineGraph
-
-# Modules to import, by engine; the bindings of TensorRT-RTX may be installed without its metapackage.
-_MODULES = {"tensorrt": ("tensorrt",), "tensorrt-rtx": ("tensorrt_rtx", "tensorrt_rtx_bindings")}
 
 
 @dataclass
@@ -78,7 +74,7 @@ class Engines:
     def library(self, kind: str) -> Any:
         """The module of TensorRT or TensorRT-RTX. Raises OneVisionError where it is not installed."""
         if kind not in self._libraries:
-            self._libraries[kind] = _imported(kind)
+            self._libraries[kind] = DIALECTS[kind].load()
         return self._libraries[kind]
 
     def deserialize(self, bundle: Bundle, part: str, path: Path, found: EngineSet) -> Any:
@@ -100,13 +96,3 @@ class Engines:
         strategy = self.library(kind).CudaGraphStrategy
         config.cuda_graph_strategy = strategy.WHOLE_GRAPH_CAPTURE if self.cuda_graphs else strategy.DISABLED
         return engine.create_execution_context(config)
-
-
-def _imported(kind: str) -> Any:
-    for name in _MODULES[kind]:
-        try:
-            return import_module(name)
-        except ImportError as error:
-            logging.getLogger(__name__).debug("%s: %s", name, error)
-    extra = "rtx" if kind == "tensorrt-rtx" else "tensorrt"
-    raise OneVisionError(f"these are engines of {kind}, which is not installed: pip install 'onevision-edge[{extra}]'")
