@@ -1,4 +1,4 @@
-"""build --check: what TensorRT parsed is run here before anything is built, and a layer that departs stops the build."""
+"""build --check: what TensorRT parsed runs here before anything is built, and a layer that departs stops the build."""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def test_every_precision_of_the_shipped_model_agrees(precision: str, tmp_path: P
     found = check.check_graphs(bundle, ("vision", "decoder"), RTX)
     assert [(one.part, one.call, one.verdict) for one in found if not one.passed] == []
     assert [one.call for one in found] == [*check._IMAGES, *check._CALLS]
-    if precision not in ("int8", "fp8"):  # whose activations' codes flip where a rounding differs
+    if precision in ("float", "nvfp4"):  # elsewhere codes of activations, or of the cache, flip on a rounding
         assert all(0 < one.difference < 0.1 for one in found), [one.difference for one in found]
     assert all(one.comparison.compared > 100 for one in found)
 
@@ -74,7 +74,5 @@ def test_a_departure_stops_the_build(bundle: Bundle, monkeypatch: pytest.MonkeyP
 
 def test_a_check_that_needs_more_memory_than_there_is(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(check, "memory_field", lambda name: 1_000_000)
-    with pytest.raises(
-        OneVisionError, match=r"the check of the decoder graph of \d+ layers needs about 0 GB of memory"
-    ):
+    with pytest.raises(OneVisionError, match=r"decoder graph of \d+ layers needs about 0 GB of memory"):
         check.check_graphs(bundle, ("decoder",), RTX)
