@@ -1,8 +1,8 @@
 """Whole graphs as TensorRT-RTX parses them, in numpy, against ONNX Runtime: every precision, prefill to decode.
 
 Two references. ONNX Runtime one node at a time (engines/interpreter/reference.py), where every layer must agree; and
-the runtime's own sessions, where the whole answer must. A session keeps float32 between the nodes of a float16 graph and
-rounds x / scale to half where the interpreter does not, so the bounds there are what the format explains, not zero.
+the runtime's own sessions, where the whole answer must. A session keeps float32 between the nodes of a float16 graph
+and rounds x / scale to half where the interpreter does not, so the bounds there are what the format explains, not zero.
 """
 
 import importlib.util
