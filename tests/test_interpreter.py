@@ -1,6 +1,7 @@
 """The network interpreter: what each layer type computes, on values where it matters, against ONNX Runtime."""
 
 import importlib.util
+import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
@@ -457,8 +458,6 @@ def test_what_constants_make_is_kept_within_a_budget(tmp_path: Path) -> None:
 
 def test_values_are_freed_after_their_last_use(tmp_path: Path) -> None:
     """Forty layers of 1 MB: no more than four are alive at once."""
-    import tracemalloc
-
     x = noise(512, 512)
     names = ["x", *(f"v{i}" for i in range(40))]
     nodes = [node("Relu", a, b) for a, b in pairwise(names)]

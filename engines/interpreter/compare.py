@@ -108,7 +108,7 @@ def _departures(
             departure = _judged(layer, name, result, wanted, allowed)
             if departure is not None:
                 found.append(departure)
-            if departure is None or departure.what == "value":
+            if departure is None or departure.what in ("value", "constant"):
                 result, allowed = wanted, None
         given[name], errors[name] = result, allowed
         for finished in last[index]:
