@@ -3,7 +3,7 @@
     python benchmarks/engine_builds.py --shape small --shape medium --work /some/disk
     python benchmarks/engine_builds.py --shape 0.6b --dtype fp16 --work /some/disk
 
-engines/estimate.py has its constants from these rows. Weights are random. Precisions other than fp16 are quantised
+engines/estimate.py has its constants from these rows. Weights are random. Precisions such as int8 are quantised
 without calibration methods, which changes numbers, not sizes.
 """
 
@@ -77,7 +77,7 @@ def bundle_of(shape: str, dtype: str, work: Path) -> Path:
         subprocess.run([sys.executable, tool, checkpoint, "--config", config], check=True, stdout=subprocess.DEVNULL)
     if bundle.exists():
         return bundle
-    if dtype == "fp16":
+    if dtype in ("fp16", "bf16", "fp32"):
         onevision_edge.export(checkpoint, bundle, dtype=dtype, max_length=2048)
         return bundle
     rows = work / "rows.npz"
@@ -100,7 +100,7 @@ def bundle_of(shape: str, dtype: str, work: Path) -> Path:
 
 @click.command()
 @click.option("--shape", "shapes", type=click.Choice(list(SHAPES)), multiple=True, required=True)
-@click.option("--dtype", "dtypes", multiple=True, default=("fp16",), show_default=True, help="fp16 or a precision.")
+@click.option("--dtype", "dtypes", multiple=True, default=("fp16",), show_default=True, help="Or a precision.")
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Directory for checkpoints and bundles.")
 @click.option("--target", default="sm80", show_default=True)
 def main(shapes: tuple[str, ...], dtypes: tuple[str, ...], work: Path, target: str) -> None:

@@ -55,6 +55,7 @@ def _option(name: str, **settings: Any) -> Any:
 @_option("stripWeights", is_flag=True, help="Leave weights out, to be refitted from the graph (TensorRT).")
 @_option("weightStreaming", is_flag=True, help="Let weights stay on the host in part.")
 @_option("profilingVerbosity", type=click.Choice(_VERBOSITIES), help="What the engine tells of its layers.")
+@click.option("--adopt", is_flag=True, help="Build nothing: record what build-engines.sh has built here.")
 @click.option("--force", is_flag=True, help="Build although the estimate says that it does not fit.")
 @click.option("--overwrite", is_flag=True, help="Replace the target's engines if there are any.")
 @click.option(
@@ -68,6 +69,7 @@ def build(
     names: str,
     engine: str | None,
     parts: str | None,
+    adopt: bool,
     force: bool,
     overwrite: bool,
     check: bool,
@@ -81,6 +83,7 @@ def build(
     TensorRT-RTX does so on any machine, for GPUs from sm75 on but not for Jetson, Hopper and data-centre Blackwell.
     For those TensorRT builds on the device itself: build-engines.sh, written beside the engines, has the commands.
     """
+    from ..engines.builder import adopt as adopt_engines
     from ..engines.builder import build as build_engines
     from ..engines.builder import check_plan, plan_build
 
@@ -96,6 +99,9 @@ def build(
         again=_again(names),
         **options,
     )
+    if adopt:
+        _tell(plan, adopt_engines(plan), as_json)
+        return
     if not as_json:
         _say_estimate(plan, sys.stdout if dry_run else sys.stderr)
     if dry_run:
@@ -106,6 +112,10 @@ def build(
     if check:
         _check(plan)
     record = build_engines(plan, overwrite=overwrite, phases=progress, verbose=verbose)
+    _tell(plan, record, as_json)
+
+
+def _tell(plan: "BuildPlan", record: "EngineSet | None", as_json: bool) -> None:
     if as_json:
         print_json(record.to_dict() if record else {"engines": {}, "commands": plan.commands, "why": plan.why_not})
     _say_written(plan, record)
@@ -158,7 +168,7 @@ def _again(names: str) -> str:
     return shlex.join([*words, "--overwrite"])
 
 
-_REPEATED = ("names", "overwrite", "check", "dry_run", "verbose", "as_json")
+_REPEATED = ("names", "adopt", "overwrite", "check", "dry_run", "verbose", "as_json")
 
 
 def _say_estimate(plan: "BuildPlan", stream: Any) -> None:
@@ -220,6 +230,7 @@ def _say_written(plan: "BuildPlan", record: "EngineSet | None") -> None:
         say(f"wrote {script}: run it on the device, with the bundle beside it as it is here")
         return
     for part, engine in record.engines.items():
+        took = f" in {engine.seconds:.1f} s" if engine.seconds is not None else ""
         peak = f", {size(engine.peak_rss)} of memory" if engine.peak_rss else ""
-        say(f"{part}: {size(engine.size)} in {engine.seconds:.1f} s{peak}")
+        say(f"{part}: {size(engine.size)}{took}{peak}")
     say(f"wrote {plan.folder}: {', '.join(record.engines)} for {', '.join(record.capabilities)}")

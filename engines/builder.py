@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from .dialects import RTX, TENSORRT, BuildOptions, Dialect
 from .estimate import Estimate, check_fits, estimate
 from .gpu import compute_capability
 from .profiles import Profile, inputs_of, part_profiles, profiles
-from .record import BUNDLE, ENGINES, RECORD, EngineRecord, EngineSet, source_digests
+from .record import BUNDLE, ENGINES, RECORD, EngineRecord, EngineSet, check_engine, file_sha256, source_digests
 from .targets import Target, check, target
 
 LOG = logging.getLogger(__name__)
@@ -44,7 +44,7 @@ def silent(title: str, unit: str = "B") -> Iterator[Progress]:
 class BuildPlan:
     """A build, decided and checked. dialect: None where it is left to the device, by the commands.
 
-    names: of the targets, joined for the folder. again: the command that builds the same once more.
+    again: the command that builds the same once more, over what is there, as the record keeps it.
     """
 
     bundle: Bundle
@@ -71,7 +71,8 @@ class BuildPlan:
     @property
     def script(self) -> str:
         """The shell script of the commands."""
-        return script(self.commands, [t.name for t in self.targets], self.capabilities)
+        adopt = self.again.replace(BUNDLE, "../..").replace(" --overwrite", " --adopt")
+        return script(self.commands, [t.name for t in self.targets], self.capabilities, adopt)
 
 
 def plan_build(
@@ -188,9 +189,40 @@ def build(
         record = None
         if plan.dialect is not None:
             record = _build_parts(plan, plan.dialect, writer, phases, verbose)
-            writer.path(RECORD).write_text(json.dumps(record.to_dict(), indent=1) + "\n", encoding="utf-8")
+            writer.path(RECORD).write_text(_text(record), encoding="utf-8")
             writer.seal(RECORD)
     return record
+
+
+def adopt(plan: BuildPlan) -> EngineSet:
+    """Write the record of engines that the commands built in a plan's folder, by the library that is installed here.
+
+    Raises OneVisionError where an engine is missing, or is not what the plan says as far as its header tells.
+    """
+    if plan.dialect is None:
+        raise OneVisionError(f"engines are adopted where they run: {plan.why_not}")
+    engines = {}
+    for part in plan.parts:
+        path = plan.folder / engine_file(part)
+        if not path.is_file():
+            raise OneVisionError(f"{path} is missing: run {plan.folder / SCRIPT} first")
+        digests = {"size": path.stat().st_size, "sha256": file_sha256(path)}
+        engines[part] = _record(plan, part, {**digests, "seconds": None, "peak_rss": None, "layers": {}})
+    found = _set(plan, plan.dialect, plan.dialect.load().__version__, engines)
+    staged = plan.folder / f".{RECORD}.partial"
+    staged.write_text(_text(found), encoding="utf-8")
+    try:
+        os.replace(staged, plan.folder / RECORD)
+        for part in plan.parts:
+            check_engine(plan.bundle, plan.folder, part, engine=found.engine, version=found.version)
+    except OneVisionError:
+        (plan.folder / RECORD).unlink()
+        raise
+    return found
+
+
+def _text(record: EngineSet) -> str:
+    return json.dumps(record.to_dict(), indent=1) + "\n"
 
 
 def _write_script(writer: BundleWriter, text: str) -> None:
@@ -203,31 +235,33 @@ def _build_parts(plan: BuildPlan, dialect: Dialect, writer: BundleWriter, phases
     engines, version = {}, ""
     for part in plan.parts:
         spec = plan.bundle.graph(part)
-        chosen = part_profiles(part, plan.profiles)
-        sources = source_digests(plan.bundle, [spec.file, f"{spec.file}.data"])
+        ranges = [inputs_of(spec, profile) for profile in part_profiles(part, plan.profiles)]
         job = {
             "engine": dialect.name,
             "bundle": str(plan.bundle.directory.absolute()),
             "part": part,
             "capabilities": plan.capabilities,
             "options": plan.options.to_dict(),
-            "ranges": [[_plain(r) for r in inputs_of(spec, profile)] for profile in chosen],
+            "ranges": [[asdict(r) for r in inputs] for inputs in ranges],
             "output": str(writer.path(engine_file(part)).absolute()),
             "verbose": verbose,
         }
         with phases(f"build {part}", "steps") as report:
             done = run_worker(job, report)
-        version = done["version"]
-        engines[part] = EngineRecord(
-            file=engine_file(part),
-            size=done["size"],
-            sha256=done["sha256"],
-            sources=sources,
-            profiles={profile.name: profile.limits() for profile in chosen},
-            seconds=done["seconds"],
-            peak_rss=done["peak_rss"],
-            layers=done["layers"],
-        )
+        version = done.pop("version")
+        engines[part] = _record(plan, part, done)
+    return _set(plan, dialect, version, engines)
+
+
+def _record(plan: BuildPlan, part: str, done: dict[str, Any]) -> EngineRecord:
+    """The record of an engine: what its build tells, and what it was built of and for."""
+    file = plan.bundle.graph(part).file
+    limits = {profile.name: profile.limits() for profile in part_profiles(part, plan.profiles)}
+    sources = source_digests(plan.bundle, [file, f"{file}.data"])
+    return EngineRecord(file=engine_file(part), sources=sources, profiles=limits, **done)
+
+
+def _set(plan: BuildPlan, dialect: Dialect, version: str, engines: dict[str, EngineRecord]) -> EngineSet:
     return EngineSet(
         engine=dialect.name,
         version=version,
@@ -238,10 +272,6 @@ def _build_parts(plan: BuildPlan, dialect: Dialect, writer: BundleWriter, phases
         estimate=plan.estimate.to_dict(),
         engines=engines,
     )
-
-
-def _plain(r: Any) -> dict[str, Any]:
-    return {"name": r.name, "min": r.min, "opt": r.opt, "max": r.max, "values": r.values}
 
 
 def run_worker(job: dict[str, Any], report: Progress = no_progress) -> dict[str, Any]:

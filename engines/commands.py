@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import PurePosixPath
 
 from ..bundle import Manifest
-from .dialects import COMPATIBILITIES, POOLS, RTX, BuildOptions
+from .dialects import COMPATIBILITIES, POOLS, RTX, TENSORRT, BuildOptions
 from .profiles import InputRange, Profile, inputs_of, part_profiles
 
 SCRIPT = "build-engines.sh"
@@ -112,8 +112,13 @@ def _polygraphy(graph: str, engine: str, ranges: list[list[InputRange]], options
     return found
 
 
-def script(found: dict[str, dict[str, list[str]]], targets: Sequence[str], capabilities: Sequence[str]) -> str:
-    """A shell script of the commands: ./build-engines.sh [TOOL] builds every part beside itself."""
+def script(
+    found: dict[str, dict[str, list[str]]], targets: Sequence[str], capabilities: Sequence[str], adopt: str = ""
+) -> str:
+    """A shell script of the commands: ./build-engines.sh [TOOL] builds every part beside itself.
+
+    adopt: the command, but for --engine, that records what was built.
+    """
     default = "tensorrt_rtx" if "tensorrt_rtx" in found else "trtexec"
     lines = [
         "#!/usr/bin/env bash",
@@ -142,6 +147,9 @@ def script(found: dict[str, dict[str, list[str]]], targets: Sequence[str], capab
             ]
         for part, arguments in parts.items():
             lines += [f"  # {part}", *_command(tool, arguments)]
+        if adopt:
+            engine = RTX.name if tool == "tensorrt_rtx" else TENSORRT.name
+            lines.append(f"  echo {shlex.quote(f'built; the runtime takes them after: {adopt} --engine {engine}')}")
         lines.append("  ;;")
     return "\n".join([*lines, "*)", '  echo "unknown tool $tool" >&2', "  exit 2", "  ;;", "esac", ""])
 

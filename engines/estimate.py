@@ -24,6 +24,7 @@ STORED_ONCE = ("int4", "nvfp4")  # weights that two profiles share
 # Bytes of a build's peak memory: at all, for each byte of weights, and for each byte again with a second profile.
 BUILD_BASE = 0.285e9
 BUILD_PER_WEIGHT = 3.12
+BUILD_PER_CODE = {"int8": 3.3, "fp8": 3.3, "int4": 3.6, "nvfp4": 3.6}
 BUILD_PER_WEIGHT_AGAIN = 2.6
 
 
@@ -95,8 +96,9 @@ def engine_bytes(manifest: Manifest, part: str, profiles: int = 1) -> int:
 
 def build_bytes(manifest: Manifest, part: str, profiles: int = 1) -> int:
     """Peak memory of a build: a base, and weights several times over."""
-    weights = sum(manifest.graphs[part].weights.values())
-    return int(BUILD_BASE + weights * (BUILD_PER_WEIGHT + BUILD_PER_WEIGHT_AGAIN * (profiles - 1)))
+    weights = manifest.graphs[part].weights
+    once = sum(count * BUILD_PER_CODE.get(name, BUILD_PER_WEIGHT) for name, count in weights.items())
+    return int(BUILD_BASE + once + sum(weights.values()) * BUILD_PER_WEIGHT_AGAIN * (profiles - 1))
 
 
 def _layers(manifest: Manifest, part: str) -> int:

@@ -103,11 +103,15 @@ class ParsedNetwork:
         return Product(_name(weights.dtype), _name(scale.dtype), block, two_level, activation), rows
 
     def rounding(self, x: Any) -> Any:
-        """The codes that an input is rounded to, a tensor; None for one that is not rounded."""
+        """The codes that an input is rounded to and given back from under one scale, a tensor; else None."""
         if x is None or x.type != self.kinds.DEQUANTIZE:
             return None
         quantize = self.origin(x.get_input(0))
-        return quantize.get_output(0) if quantize is not None and quantize.type == self.kinds.QUANTIZE else None
+        if quantize is None or quantize.type != self.kinds.QUANTIZE:
+            return None
+        scale = quantize.get_input(1)
+        one = tuple(scale.shape) == () and scale.name == x.get_input(1).name
+        return quantize.get_output(0) if one else None
 
 
 def given(layer: Any) -> list[Any]:

@@ -40,14 +40,15 @@ class FileDigest:
 @dataclass(frozen=True, slots=True)
 class EngineRecord:
     """One engine. sources: the graph file and its data file, by name in the bundle. profiles: their limits, in the
-    order they were added. seconds and peak_rss (bytes): of its build. layers: of the parsed network, by kind."""
+    order they were added. seconds and peak_rss (bytes): of its build. layers: of the parsed network, by kind. All three
+    are unknown (None, empty) of an engine that was built by a command."""
 
     file: str
     size: int
     sha256: str
     sources: Mapping[str, FileDigest]
     profiles: Mapping[str, Mapping[str, Mapping[str, int]]]
-    seconds: float
+    seconds: float | None
     peak_rss: int | None
     layers: Mapping[str, int]
 
@@ -112,7 +113,7 @@ def _engine_record(raw: Mapping[str, Any]) -> EngineRecord:
         sha256=str(raw["sha256"]),
         sources={name: FileDigest(int(f["size"]), str(f["sha256"])) for name, f in raw["sources"].items()},
         profiles=profiles,
-        seconds=float(raw["seconds"]),
+        seconds=None if raw["seconds"] is None else float(raw["seconds"]),
         peak_rss=None if raw["peak_rss"] is None else int(raw["peak_rss"]),
         layers={str(kind): int(count) for kind, count in raw["layers"].items()},
     )

@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -629,12 +629,56 @@ def test_builds_that_fail_leave_nothing(demo: Path, tensorrt: Callable[..., Path
     assert message in failure(demo, "--target", "sm110", "--parts", "vision", "--overwrite")
 
 
+# Engines that the commands built
+
+
+def test_engines_that_were_built_on_the_device_are_adopted(demo: Path, tensorrt: Callable[..., Path]) -> None:
+    tensorrt("10.16.0.72")
+    folder, command = demo / "engines" / "jetson-orin", [demo, "--target", "jetson-orin", "--max-tokens", 64]
+    build(replace(plan_build(demo, ["jetson-orin"], max_tokens=64), dialect=None))
+    assert f"vision.engine is missing: run {folder / SCRIPT} first" in failure(*command, "--adopt")
+    for part in ("vision", "decoder"):
+        (folder / f"{part}.engine").write_bytes(b"a plan")
+    result = call(*command, "--adopt", "--json")
+    assert result.exit_code == 0, result.output
+    here = {"engine": "tensorrt", "version": "10.16.0.72", "capability": "sm87"}
+    for part in ("vision", "decoder"):
+        _, record = check_engine(Bundle.open(demo), folder, part, **here, verify=True)
+        assert record.engines[part].limits["tokens"]["max"] == 64
+        assert (record.engines[part].seconds, record.engines[part].peak_rss) == (None, None)
+    assert record.command == "onevision-edge build BUNDLE --target jetson-orin --max-tokens 64 --overwrite"
+    assert json.loads(result.stdout) == record.to_dict() | {"capabilities": ["sm87"]}
+
+
+def test_what_is_no_engine_is_not_adopted(demo: Path) -> None:
+    call(demo, "--target", "rtx-4060", "--parts", "vision")
+    folder = demo / "engines" / "rtx-4060"
+    (folder / RECORD).unlink()
+    (folder / "vision.engine").write_bytes(bytes(1000))
+    assert "vision.engine is not a TensorRT-RTX engine" in failure(
+        demo, "--target", "rtx-4060", "--parts", "vision", "--adopt"
+    )
+
+
+def test_engines_are_adopted_where_they_run(demo: Path) -> None:
+    assert "engines are adopted where they run: TensorRT is not installed" in failure(
+        demo, "--target", "sm90", "--adopt"
+    )
+
+
+def test_the_script_ends_with_the_command_that_adopts(demo: Path) -> None:
+    found = call(demo, "--target", "sm86", "--max-batch", 2, "--dry-run").stdout
+    adopt = "onevision-edge build ../.. --target sm86 --max-batch 2 --adopt"
+    assert f"{adopt} --engine tensorrt-rtx'" in found
+    assert found.count(f"{adopt} --engine tensorrt'") == 2
+
+
 # Workers
 
 
 def job_of(bundle: Path, folder: Path, **changes: Any) -> dict[str, Any]:
     plan = plan_build(bundle, ["sm80"], parts=["vision"], **LIMITS)
-    ranges = [builder._plain(r) for r in builder.inputs_of(plan.bundle.graph("vision"), plan.profiles[0])]
+    ranges = [asdict(r) for r in builder.inputs_of(plan.bundle.graph("vision"), plan.profiles[0])]
     job = {
         "engine": "tensorrt-rtx",
         "bundle": str(bundle),

@@ -21,6 +21,7 @@ from safetensors import safe_open
 import onevision_edge
 from onevision_edge.bundle import Bundle
 from onevision_edge.calibration.recipe import Methods
+from onevision_edge.engines.network import ParsedNetwork, check_network
 from onevision_edge.engines.targets import check, target
 from onevision_edge.errors import OneVisionError
 from onevision_edge.precision.formats import FORMATS
@@ -334,6 +335,21 @@ def test_the_parser_widens_no_weight(
             stored[tensor.dtype] += int(np.prod(tensor.shape)) * BITS[tensor.dtype] // 8
     declared = Bundle.open(bundles(checkpoint, precision, dtype)).graph(part).weights
     assert stored == {kind: declared.get(name, 0) for name, kind in names.items()}
+
+
+@every_case
+def test_the_checks_before_a_build_pass(
+    parsed: Parsed, bundles: Quantized, checkpoint: str, precision: str, dtype: str, part: str
+) -> None:
+    """What the build command asks of a network, by its own reading of it and the manifest alone."""
+    bundle = bundles(checkpoint, precision, dtype)
+    opened, network = Bundle.open(bundle), parsed(checkpoint, precision, dtype, part).network
+    plan = recorded_plan(bundle)
+    check_network(ParsedNetwork(trt, network), part, opened.graph(part), opened.manifest.model, plan)
+    other = "int8" if precision == "fp8" else "fp8"
+    wrong = default_plan(other, vision=other)
+    with pytest.raises(OneVisionError, match=r"in the network; the plan says"):
+        check_network(ParsedNetwork(trt, network), part, opened.graph(part), opened.manifest.model, wrong)
 
 
 # Cache and attention
