@@ -29,7 +29,6 @@ from .targets import Target, check, target
 LOG = logging.getLogger(__name__)
 _LEVELS = {"INTERNAL_ERROR": logging.INFO, "ERROR": logging.INFO, "WARNING": logging.INFO, "INFO": logging.DEBUG}
 _GRACE = 20.0  # seconds that a build has to stop by itself
-DEFAULT_PIXELS = 1600 * 1600  # where the bundle has no preprocessor_config.json
 
 Phases = Callable[[str, str], Any]  # title, unit -> context manager that gives a Progress
 
@@ -126,9 +125,10 @@ def _plan(bundle: Bundle) -> Plan:
 
 def _max_pixels(bundle: Bundle) -> int:
     """What the bundle's own preprocessing shrinks images to."""
+    from ..runtime.images import ImageProcessor  # which imports Pillow
+
     path = bundle.directory / "preprocessor_config.json"
-    value = read_json(path).get("max_pixels") if path.is_file() else None
-    return value if isinstance(value, int) and value > 0 else DEFAULT_PIXELS
+    return ImageProcessor.from_config(read_json(path) if path.is_file() else {}).max_pixels
 
 
 def _choose(engine: str | None, capabilities: tuple[str, ...]) -> tuple[Dialect | None, str]:

@@ -175,6 +175,20 @@ def test_options_reach_the_builder(demo: Path, options: list[Any], kept: dict[st
     assert json.loads(result.stdout)["options"] == kept
 
 
+def test_images_are_as_large_as_the_bundle_makes_them(demo: Path, golden_bundle: Callable[[str], Path]) -> None:
+    """392 x 392 pixels in the shipped one; 1600 x 1600, in whole tokens, where it does not say."""
+    assert plan_build(demo, ["sm80"]).profiles[0].patches.max == 784
+    assert not (golden_bundle("bf16") / "preprocessor_config.json").exists()
+    assert plan_build(golden_bundle("bf16"), ["sm80"]).profiles[0].patches.max == 13060
+
+
+@pytest.mark.parametrize("part", ["vision", "decoder"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_other_floats_are_checked_too(golden_bundle: Callable[[str], Path], dtype: str, part: str) -> None:
+    """FP32 has no fused attention, which is not asked of it."""
+    Parsed(golden_bundle(dtype), part).check()
+
+
 # What is not built here
 
 
