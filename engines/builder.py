@@ -23,7 +23,7 @@ from .dialects import RTX, TENSORRT, BuildOptions, Dialect
 from .estimate import Estimate, check_fits, estimate
 from .gpu import compute_capability
 from .profiles import Profile, inputs_of, part_profiles, profiles
-from .record import BUNDLE, ENGINES, RECORD, EngineRecord, EngineSet, check_engine, file_sha256, source_digests
+from .record import ENGINES, RECORD, EngineRecord, EngineSet, check_engine, file_sha256, source_digests
 from .targets import Target, check, target
 
 LOG = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ class BuildPlan:
     @property
     def script(self) -> str:
         """The shell script of the commands."""
-        adopt = self.again.replace(BUNDLE, "../..").replace(" --overwrite", " --adopt")
+        adopt = self.again.removesuffix(" --overwrite") + " --adopt" if self.again else ""
         return script(self.commands, [t.name for t in self.targets], self.capabilities, adopt)
 
 
@@ -133,23 +133,30 @@ def _max_pixels(bundle: Bundle) -> int:
 
 def _choose(engine: str | None, capabilities: tuple[str, ...]) -> tuple[Dialect | None, str]:
     """What builds for these here; None, and why, where nothing does and nothing was asked for."""
-    foreign = [name for name in capabilities if name not in (RTX.capabilities or ())]
+    foreign = _foreign(capabilities)
     if engine == RTX.name or (engine is None and not foreign):
         if foreign:
             raise OneVisionError(
                 f"TensorRT-RTX builds for {', '.join(RTX.capabilities or ())}, not for {', '.join(foreign)}: leave "
                 f"--engine out, and {SCRIPT} is written for the device itself"
             )
-        RTX.load()
-        return RTX, ""
+        dialect = RTX
+    else:
+        dialect = TENSORRT
     try:
-        TENSORRT.load()
-        _check_gpu(capabilities)
+        dialect.load()
+        if dialect is TENSORRT:
+            _check_gpu(capabilities)
     except OneVisionError as error:
         if engine is not None:
             raise
         return None, str(error)
-    return TENSORRT, ""
+    return dialect, ""
+
+
+def _foreign(capabilities: Sequence[str]) -> list[str]:
+    """Those that TensorRT-RTX does not build for."""
+    return [name for name in capabilities if name not in (RTX.capabilities or ())]
 
 
 def _check_gpu(capabilities: tuple[str, ...]) -> None:
@@ -180,9 +187,12 @@ def build(
 ) -> EngineSet | None:
     """Build a plan's engines into its folder: all of them and their record, or nothing.
 
-    Returns the record; None where only the commands were written. Raises OneVisionError where a build fails, the
-    folder exists (unless `overwrite`), or the disk is full. verbose: pass TensorRT's verbose messages on.
+    Returns the record; None where only the commands were written, which is what there is for targets of TensorRT
+    alone. Raises OneVisionError where a build fails, the folder exists (unless `overwrite`), or the disk is full.
+    verbose: pass TensorRT's verbose messages on.
     """
+    if plan.dialect is None and not _foreign(plan.capabilities):
+        raise OneVisionError(f"{plan.why_not}; or take the commands of --dry-run to where it is")
     with writing(plan.folder, overwrite, marker=SCRIPT, what="folder of engines") as writer:
         _write_script(writer, plan.script)
         record = None

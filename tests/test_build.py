@@ -298,6 +298,17 @@ def test_a_disk_that_fills_up_leaves_nothing(demo: Path, monkeypatch: pytest.Mon
     assert not (demo / "engines" / "sm121").exists()
 
 
+def test_without_a_compiler_there_are_still_the_commands(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builder, "RTX", replace(builder.RTX, modules=("no_such_module",)))
+    message = failure(demo, "--target", "sm121")
+    assert message.startswith("Error: TensorRT-RTX is not installed: pip install --no-deps tensorrt_rtx_cu13_libs")
+    assert message.endswith("; or take the commands of --dry-run to where it is")
+    result = call(demo, "--target", "sm121", "--dry-run")
+    assert result.exit_code == 0
+    assert "tensorrt_rtx " in result.stdout
+    assert "not built here: TensorRT-RTX is not installed" in result.stderr
+
+
 def test_a_changed_graph_is_not_built(demo: Path) -> None:
     path = demo / "vision.onnx.data"
     data = path.read_bytes()
@@ -682,7 +693,7 @@ def test_engines_are_adopted_where_they_run(demo: Path) -> None:
 
 def test_the_script_ends_with_the_command_that_adopts(demo: Path) -> None:
     found = call(demo, "--target", "sm86", "--max-batch", 2, "--dry-run").stdout
-    adopt = "onevision-edge build ../.. --target sm86 --max-batch 2 --adopt"
+    adopt = "' --target sm86 --max-batch 2 --adopt"
     assert f"{adopt} --engine tensorrt-rtx'" in found
     assert found.count(f"{adopt} --engine tensorrt'") == 2
 
