@@ -33,10 +33,11 @@ def commands(
     """The arguments of each tool for each part, by tool and part; paths are relative to engines/<target>/.
 
     trtexec's are those of TensorRT 11; the script adds --stronglyTyped for 10. tensorrt_rtx is there where it builds
-    for every compute capability.
+    for every compute capability, and has every option.
     """
     found: dict[str, dict[str, list[str]]] = {}
     portable = all(name in (RTX.capabilities or ()) for name in capabilities)
+    portable = portable and not any(option in RTX.lacks for option in options.to_dict())
     for part in parts:
         spec = manifest.graphs[part]
         graph, engine = str(_UP / spec.file), engine_file(part)

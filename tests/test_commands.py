@@ -179,6 +179,8 @@ def test_a_tool_that_fails_stops_the_script(bundle: Bundle) -> None:
 def test_tensorrt_rtx_is_left_out_where_it_does_not_build(bundle: Bundle) -> None:
     found = commands(bundle.manifest, PARTS, chosen(bundle.manifest), BuildOptions(), ("sm80", "sm90"))
     assert list(found) == ["trtexec", "polygraphy"]
+    found = commands(bundle.manifest, PARTS, chosen(bundle.manifest), BuildOptions(stripWeights=True), ("sm80",))
+    assert list(found) == ["trtexec", "polygraphy"]
 
 
 def test_options_have_each_tools_names(bundle: Bundle) -> None:
