@@ -1,14 +1,9 @@
 """From a bundle to engines beside it: what is refused is refused first, then each graph is built in its own process."""
 
 import json
-import logging
 import os
-import queue
-import subprocess
-import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,14 +17,10 @@ from .commands import SCRIPT, commands, engine_file, script
 from .dialects import RTX, TENSORRT, BuildOptions, Dialect
 from .estimate import Estimate, check_fits, estimate
 from .gpu import compute_capability
+from .process import run_worker
 from .profiles import Profile, inputs_of, part_profiles, profiles
-from .record import BUNDLE, ENGINES, RECORD, EngineRecord, EngineSet, check_engine, file_sha256, source_digests
+from .record import ENGINES, RECORD, EngineRecord, EngineSet, check_engine, file_sha256, source_digests
 from .targets import Target, check, target
-
-LOG = logging.getLogger(__name__)
-_LEVELS = {"INTERNAL_ERROR": logging.INFO, "ERROR": logging.INFO, "WARNING": logging.INFO, "INFO": logging.DEBUG}
-_GRACE = 20.0  # seconds that a build has to stop by itself
-DEFAULT_PIXELS = 1600 * 1600  # where the bundle has no preprocessor_config.json
 
 Phases = Callable[[str, str], Any]  # title, unit -> context manager that gives a Progress
 
@@ -71,7 +62,7 @@ class BuildPlan:
     @property
     def script(self) -> str:
         """The shell script of the commands."""
-        adopt = self.again.replace(BUNDLE, "../..").replace(" --overwrite", " --adopt")
+        adopt = self.again.removesuffix(" --overwrite") + " --adopt" if self.again else ""
         return script(self.commands, [t.name for t in self.targets], self.capabilities, adopt)
 
 
@@ -127,30 +118,38 @@ def _plan(bundle: Bundle) -> Plan:
 
 def _max_pixels(bundle: Bundle) -> int:
     """What the bundle's own preprocessing shrinks images to."""
+    from ..runtime.images import ImageProcessor  # which imports Pillow
+
     path = bundle.directory / "preprocessor_config.json"
-    value = read_json(path).get("max_pixels") if path.is_file() else None
-    return value if isinstance(value, int) and value > 0 else DEFAULT_PIXELS
+    return ImageProcessor.from_config(read_json(path) if path.is_file() else {}).max_pixels
 
 
 def _choose(engine: str | None, capabilities: tuple[str, ...]) -> tuple[Dialect | None, str]:
     """What builds for these here; None, and why, where nothing does and nothing was asked for."""
-    foreign = [name for name in capabilities if name not in (RTX.capabilities or ())]
+    foreign = _foreign(capabilities)
     if engine == RTX.name or (engine is None and not foreign):
         if foreign:
             raise OneVisionError(
                 f"TensorRT-RTX builds for {', '.join(RTX.capabilities or ())}, not for {', '.join(foreign)}: leave "
                 f"--engine out, and {SCRIPT} is written for the device itself"
             )
-        RTX.load()
-        return RTX, ""
+        dialect = RTX
+    else:
+        dialect = TENSORRT
     try:
-        TENSORRT.load()
-        _check_gpu(capabilities)
+        dialect.load()
+        if dialect is TENSORRT:
+            _check_gpu(capabilities)
     except OneVisionError as error:
         if engine is not None:
             raise
         return None, str(error)
-    return TENSORRT, ""
+    return dialect, ""
+
+
+def _foreign(capabilities: Sequence[str]) -> list[str]:
+    """Those that TensorRT-RTX does not build for."""
+    return [name for name in capabilities if name not in (RTX.capabilities or ())]
 
 
 def _check_gpu(capabilities: tuple[str, ...]) -> None:
@@ -181,9 +180,12 @@ def build(
 ) -> EngineSet | None:
     """Build a plan's engines into its folder: all of them and their record, or nothing.
 
-    Returns the record; None where only the commands were written. Raises OneVisionError where a build fails, the
-    folder exists (unless `overwrite`), or the disk is full. verbose: pass TensorRT's verbose messages on.
+    Returns the record; None where only the commands were written, which is what there is for targets of TensorRT
+    alone. Raises OneVisionError where a build fails, the folder exists (unless `overwrite`), or the disk is full.
+    verbose: pass TensorRT's verbose messages on.
     """
+    if plan.dialect is None and not _foreign(plan.capabilities):
+        raise OneVisionError(f"{plan.why_not}; or take the commands of --dry-run to where it is")
     with writing(plan.folder, overwrite, marker=SCRIPT, what="folder of engines") as writer:
         _write_script(writer, plan.script)
         record = None
@@ -272,85 +274,3 @@ def _set(plan: BuildPlan, dialect: Dialect, version: str, engines: dict[str, Eng
         estimate=plan.estimate.to_dict(),
         engines=engines,
     )
-
-
-def run_worker(job: dict[str, Any], report: Progress = no_progress) -> dict[str, Any]:
-    """Build one engine in a process of its own (see worker.py); returns what it says at the end.
-
-    An interrupt ends that process, too. Raises OneVisionError, or OSError where the disk fails.
-    """
-    package = __name__.rsplit(".", 2)[0]
-    process = subprocess.Popen(
-        [sys.executable, "-c", f"from {package}.engines.worker import main; main()"],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-        start_new_session=True,  # the terminal's Ctrl-C comes to us, and we end it
-    )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    noise: queue.SimpleQueue[str] = queue.SimpleQueue()
-    reader = threading.Thread(target=_drain, args=(process.stderr, noise), daemon=True)
-    reader.start()
-    last: dict[str, Any] = {}
-    try:
-        with suppress(BrokenPipeError):  # it died before it read its job; how, is told below
-            process.stdin.write(json.dumps(job) + "\n")
-            process.stdin.flush()
-        for line in process.stdout:
-            last = json.loads(line)
-            if "progress" in last:
-                report(*last["progress"])
-            elif "log" in last:
-                severity, message = last["log"]
-                LOG.log(_LEVELS.get(severity, logging.DEBUG), "%s", message)
-        process.wait()
-    except BaseException:
-        _stop(process)
-        raise
-    finally:
-        with suppress(BrokenPipeError):
-            process.stdin.close()
-        process.stdout.close()
-        reader.join(1)
-    return _outcome(job, last, process.returncode, noise)
-
-
-def _drain(stream: Any, lines: "queue.SimpleQueue[str]") -> None:
-    """What the library prints by itself is logged, and kept for a death without a word."""
-    with stream:
-        for line in stream:
-            LOG.info("%s", line.rstrip())
-            lines.put(line)
-
-
-def _stop(process: "subprocess.Popen[str]") -> None:
-    """End a build: by the end of its input first, at the next step of its progress; else by force."""
-    with suppress(BrokenPipeError, ValueError):
-        if process.stdin is not None:
-            process.stdin.close()
-    try:
-        process.wait(_GRACE)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
-def _outcome(
-    job: dict[str, Any], last: dict[str, Any], returncode: int, noise: "queue.SimpleQueue[str]"
-) -> dict[str, Any]:
-    if "done" in last:
-        return dict(last["done"])
-    if "error" in last:
-        raise OneVisionError(last["error"])
-    if "os_error" in last:
-        raise OSError(*last["os_error"], job["output"])
-    lines = []
-    while not noise.empty():
-        lines.append(noise.get().strip())
-    said = f" ({lines[-1]})" if lines else ""
-    if returncode == -9:
-        said = ": it was killed, as the system does when memory runs out"
-    raise OneVisionError(f"the build of the {job['part']} engine ended with status {returncode}{said}")

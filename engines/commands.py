@@ -7,6 +7,7 @@ from pathlib import PurePosixPath
 from ..bundle import Manifest
 from .dialects import COMPATIBILITIES, POOLS, RTX, TENSORRT, BuildOptions
 from .profiles import InputRange, Profile, inputs_of, part_profiles
+from .record import BUNDLE
 
 SCRIPT = "build-engines.sh"
 TOOLS = {  # tool: what it is, and where it comes from
@@ -32,10 +33,11 @@ def commands(
     """The arguments of each tool for each part, by tool and part; paths are relative to engines/<target>/.
 
     trtexec's are those of TensorRT 11; the script adds --stronglyTyped for 10. tensorrt_rtx is there where it builds
-    for every compute capability.
+    for every compute capability, and has every option.
     """
     found: dict[str, dict[str, list[str]]] = {}
     portable = all(name in (RTX.capabilities or ()) for name in capabilities)
+    portable = portable and not any(option in RTX.lacks for option in options.to_dict())
     for part in parts:
         spec = manifest.graphs[part]
         graph, engine = str(_UP / spec.file), engine_file(part)
@@ -117,7 +119,7 @@ def script(
 ) -> str:
     """A shell script of the commands: ./build-engines.sh [TOOL] builds every part beside itself.
 
-    adopt: the command, but for --engine, that records what was built.
+    adopt: the command, but for --engine, that records what was built, with BUNDLE for where the bundle is.
     """
     default = "tensorrt_rtx" if "tensorrt_rtx" in found else "trtexec"
     lines = [
@@ -149,7 +151,8 @@ def script(
             lines += [f"  # {part}", *_command(tool, arguments)]
         if adopt:
             engine = RTX.name if tool == "tensorrt_rtx" else TENSORRT.name
-            lines.append(f"  echo {shlex.quote(f'built; the runtime takes them after: {adopt} --engine {engine}')}")
+            before, _, after = f"built; the runtime takes them after: {adopt} --engine {engine}".partition(BUNDLE)
+            lines.append(f"""  printf '%s%q%s\\n' {shlex.quote(before)} "$(cd ../.. && pwd)" {shlex.quote(after)}""")
         lines.append("  ;;")
     return "\n".join([*lines, "*)", '  echo "unknown tool $tool" >&2', "  exit 2", "  ;;", "esac", ""])
 

@@ -23,9 +23,8 @@ KERNELS = {"vision": (1.2e6, 0.2e6, 0.5e6), "decoder": (1.4e6, 0.5e6, 0.5e6)}
 STORED_ONCE = ("int4", "nvfp4")  # weights that two profiles share
 # Bytes of a build's peak memory: at all, for each byte of weights, and for each byte again with a second profile.
 BUILD_BASE = 0.285e9
-BUILD_PER_WEIGHT = 3.12
-BUILD_PER_CODE = {"int8": 3.3, "fp8": 3.3, "int4": 3.6, "nvfp4": 3.6}
-BUILD_PER_WEIGHT_AGAIN = 2.6
+BUILD_PER_FLOAT = (3.12, 2.6)
+BUILD_PER_CODE = {"int8": (3.3, 2.6), "fp8": (3.3, 2.6), "int4": (3.6, 1.5), "nvfp4": (3.6, 0.5)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,9 +95,11 @@ def engine_bytes(manifest: Manifest, part: str, profiles: int = 1) -> int:
 
 def build_bytes(manifest: Manifest, part: str, profiles: int = 1) -> int:
     """Peak memory of a build: a base, and weights several times over."""
-    weights = manifest.graphs[part].weights
-    once = sum(count * BUILD_PER_CODE.get(name, BUILD_PER_WEIGHT) for name, count in weights.items())
-    return int(BUILD_BASE + once + sum(weights.values()) * BUILD_PER_WEIGHT_AGAIN * (profiles - 1))
+    total = BUILD_BASE
+    for name, count in manifest.graphs[part].weights.items():
+        once, again = BUILD_PER_CODE.get(name, BUILD_PER_FLOAT)
+        total += count * (once + again * (profiles - 1))
+    return int(total)
 
 
 def _layers(manifest: Manifest, part: str) -> int:

@@ -19,11 +19,12 @@ import onevision_edge
 from onevision_edge.bundle import Bundle, Progress
 from onevision_edge.calibration.recipe import Methods
 from onevision_edge.cli import main
-from onevision_edge.engines import builder
-from onevision_edge.engines.builder import build, check_plan, plan_build, run_worker
+from onevision_edge.engines import builder, process
+from onevision_edge.engines.builder import build, check_plan, plan_build
 from onevision_edge.engines.commands import SCRIPT
 from onevision_edge.engines.dialects import BuildOptions, pool_sizes
 from onevision_edge.engines.network import ParsedNetwork, check_network
+from onevision_edge.engines.process import run_worker
 from onevision_edge.engines.record import HEADER_SIZE, RECORD, check_engine, file_sha256, read_header, read_set
 from onevision_edge.engines.worker import Phases
 from onevision_edge.errors import OneVisionError
@@ -175,6 +176,20 @@ def test_options_reach_the_builder(demo: Path, options: list[Any], kept: dict[st
     assert json.loads(result.stdout)["options"] == kept
 
 
+def test_images_are_as_large_as_the_bundle_makes_them(demo: Path, golden_bundle: Callable[[str], Path]) -> None:
+    """392 x 392 pixels in the shipped one; 1600 x 1600, in whole tokens, where it does not say."""
+    assert plan_build(demo, ["sm80"]).profiles[0].patches.max == 784
+    assert not (golden_bundle("bf16") / "preprocessor_config.json").exists()
+    assert plan_build(golden_bundle("bf16"), ["sm80"]).profiles[0].patches.max == 13060
+
+
+@pytest.mark.parametrize("part", ["vision", "decoder"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+def test_other_floats_are_checked_too(golden_bundle: Callable[[str], Path], dtype: str, part: str) -> None:
+    """FP32 has no fused attention, which is not asked of it."""
+    Parsed(golden_bundle(dtype), part).check()
+
+
 # What is not built here
 
 
@@ -284,6 +299,17 @@ def test_a_disk_that_fills_up_leaves_nothing(demo: Path, monkeypatch: pytest.Mon
     assert not (demo / "engines" / "sm121").exists()
 
 
+def test_without_a_compiler_there_are_still_the_commands(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(builder, "RTX", replace(builder.RTX, modules=("no_such_module",)))
+    message = failure(demo, "--target", "sm121")
+    assert message.startswith("Error: TensorRT-RTX is not installed: pip install --no-deps tensorrt_rtx_cu13_libs")
+    assert message.endswith("; or take the commands of --dry-run to where it is")
+    result = call(demo, "--target", "sm121", "--dry-run")
+    assert result.exit_code == 0
+    assert "tensorrt_rtx " in result.stdout
+    assert "not built here: TensorRT-RTX is not installed" in result.stderr
+
+
 def test_a_changed_graph_is_not_built(demo: Path) -> None:
     path = demo / "vision.onnx.data"
     data = path.read_bytes()
@@ -383,13 +409,13 @@ def interrupted(title: str, unit: str = "B") -> Iterator[Progress]:
 
 def test_an_interrupt_ends_the_build_and_leaves_nothing(demo: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[tuple[int, list[Path]]] = []
-    stop = builder._stop
+    stop = process._stop
 
-    def stopped(process: Any) -> None:
-        stop(process)
-        ended.append((process.returncode, list((demo / "engines").glob(".sm121.partial/*.engine"))))
+    def stopped(worker: Any) -> None:
+        stop(worker)
+        ended.append((worker.returncode, list((demo / "engines").glob(".sm121.partial/*.engine"))))
 
-    monkeypatch.setattr(builder, "_stop", stopped)
+    monkeypatch.setattr(process, "_stop", stopped)
     before, started = engine_files(demo), time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         build(plan_build(demo, ["sm121"], **LIMITS), phases=interrupted)
@@ -404,16 +430,16 @@ def test_a_build_ends_with_whoever_wants_it(demo: Path, tmp_path: Path) -> None:
     job = job_of(demo, tmp_path)
     program = "from onevision_edge.engines.worker import main; main()"
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
-    process = subprocess.Popen(
+    worker = subprocess.Popen(
         [sys.executable, "-c", program], stdin=-1, stdout=-1, stderr=-3, text=True, env=environment
     )
-    assert process.stdin is not None
-    assert process.stdout is not None
-    process.stdin.write(json.dumps(job) + "\n")
-    process.stdin.close()
-    answers = [json.loads(line) for line in process.stdout]
-    process.stdout.close()
-    assert process.wait(20) == 0
+    assert worker.stdin is not None
+    assert worker.stdout is not None
+    worker.stdin.write(json.dumps(job) + "\n")
+    worker.stdin.close()
+    answers = [json.loads(line) for line in worker.stdout]
+    worker.stdout.close()
+    assert worker.wait(20) == 0
     assert answers[-1] == {"error": "the build was stopped"}
     assert not Path(job["output"]).exists()
 
@@ -421,14 +447,14 @@ def test_a_build_ends_with_whoever_wants_it(demo: Path, tmp_path: Path) -> None:
 def test_ctrl_c_in_a_terminal(demo: Path, python: Callable[..., subprocess.Popen[str]]) -> None:
     """SIGINT to the command while a build runs: exit code 1, no engines, nothing half-written."""
     program = "import sys; from onevision_edge.cli import main; main(['build', *sys.argv[1:]])"
-    process = python(program, demo, "--target", "dgx-spark", "--max-pixels", 50176)
+    worker = python(program, demo, "--target", "dgx-spark", "--max-pixels", 50176)
     deadline = time.monotonic() + 30
     while not list((demo / "engines").glob(".dgx-spark.partial/*")):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == 1
+    worker.send_signal(signal.SIGINT)
+    _, errors = worker.communicate(timeout=30)
+    assert worker.returncode == 1
     assert errors.endswith("Aborted!\n")
     assert not list((demo / "engines").glob("*dgx-spark*"))
 
@@ -668,7 +694,7 @@ def test_engines_are_adopted_where_they_run(demo: Path) -> None:
 
 def test_the_script_ends_with_the_command_that_adopts(demo: Path) -> None:
     found = call(demo, "--target", "sm86", "--max-batch", 2, "--dry-run").stdout
-    adopt = "onevision-edge build ../.. --target sm86 --max-batch 2 --adopt"
+    adopt = "' --target sm86 --max-batch 2 --adopt"
     assert f"{adopt} --engine tensorrt-rtx'" in found
     assert found.count(f"{adopt} --engine tensorrt'") == 2
 

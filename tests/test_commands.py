@@ -53,13 +53,14 @@ def write(bundle: Bundle, capabilities: tuple[str, ...] = ("sm80", "sm86"), deco
     found = commands(bundle.manifest, PARTS, chosen(bundle.manifest, decode_profile), BuildOptions(), capabilities)
     path = bundle.directory / "engines" / "some target" / SCRIPT
     path.parent.mkdir(parents=True)
-    path.write_text(script(found, capabilities, capabilities))
+    adopt = "onevision-edge build BUNDLE --target x --adopt"
+    path.write_text(script(found, capabilities, capabilities, adopt))
     path.chmod(0o755)
     return path
 
 
 def run(path: Path, *arguments: str, tool: str = "", help_text: str = "") -> tuple[int, str, list[list[str]]]:
-    """Run the script from elsewhere with one tool on PATH: exit status, stderr, and the arguments of each call."""
+    """Run the script from elsewhere with one tool on PATH: exit status, its output, and the arguments of each call."""
     tools = path.parent / "tools"
     tools.mkdir(exist_ok=True)
     log = path.parent / "calls"
@@ -73,7 +74,7 @@ def run(path: Path, *arguments: str, tool: str = "", help_text: str = "") -> tup
         [BASH, str(path), *arguments], cwd="/", env={"PATH": str(tools)}, capture_output=True, text=True, check=False
     )
     calls = log.read_text().split("\n\n")[:-1] if log.exists() else []
-    return done.returncode, done.stderr, [call.splitlines() for call in calls]
+    return done.returncode, done.stderr + done.stdout, [call.splitlines() for call in calls]
 
 
 def shapes_of(call: list[str], profile: int = 0) -> dict[str, dict[str, tuple[int, ...]]]:
@@ -106,8 +107,10 @@ def test_the_script_is_sound(bundle: Bundle, capabilities: tuple[str, ...], deco
 @pytest.mark.parametrize(("help_text", "typed"), [("--stronglyTyped  Create a network", True), ("--onnx", False)])
 def test_trtexec_builds_both_parts_with_every_shape(bundle: Bundle, help_text: str, typed: bool) -> None:
     """From any directory. TensorRT 10 is asked for strong typing, 11 has no flag for it."""
-    status, errors, calls = run(write(bundle), "trtexec", tool="trtexec", help_text=help_text)
-    assert (status, errors) == (0, "")
+    status, output, calls = run(write(bundle), "trtexec", tool="trtexec", help_text=help_text)
+    place = str(bundle.directory).replace(" ", "\\ ")
+    adopt = f"onevision-edge build {place} --target x --adopt --engine tensorrt"
+    assert (status, output) == (0, f"built; the runtime takes them after: {adopt}\n")
     (wide,) = chosen(bundle.manifest)
     assert len(calls) == 2
     for part, call in zip(PARTS, calls, strict=True):
@@ -175,6 +178,8 @@ def test_a_tool_that_fails_stops_the_script(bundle: Bundle) -> None:
 
 def test_tensorrt_rtx_is_left_out_where_it_does_not_build(bundle: Bundle) -> None:
     found = commands(bundle.manifest, PARTS, chosen(bundle.manifest), BuildOptions(), ("sm80", "sm90"))
+    assert list(found) == ["trtexec", "polygraphy"]
+    found = commands(bundle.manifest, PARTS, chosen(bundle.manifest), BuildOptions(stripWeights=True), ("sm80",))
     assert list(found) == ["trtexec", "polygraphy"]
 
 
