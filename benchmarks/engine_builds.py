@@ -27,6 +27,7 @@ SHAPES = {  # hidden size, intermediate size, layers, heads, key-value heads, vo
     "medium": (1024, 3072, 8, 16, 8, 32768, 512, 8),
     "large": (1024, 3072, 28, 16, 8, 32768, 1024, 24),
     "0.6b": (1024, 3072, 28, 16, 8, 151936, 256, 2),
+    "matrix": (1024, 3072, 28, 16, 8, 151936, 1024, 24),  # with the released tower
 }
 
 
