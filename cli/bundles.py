@@ -21,15 +21,19 @@ from .console import print_json, progress, size, table
 def inspect(bundle: Path, length: int | None, batch: int, image_size: str | None, as_json: bool) -> None:
     """Show what a bundle holds: model, graphs and their contracts, files, memory it will take."""
     from ..bundle import Bundle
+    from ..engines.record import engine_folders, read_set
     from ..runtime.memory import memory_plan
 
     opened = Bundle.open(bundle)
     manifest = opened.manifest
     length = min(length or manifest.max_length, manifest.max_length)
     plan = memory_plan(manifest, length, batch, _pixels(opened, image_size))
+    sets = {folder.name: read_set(folder) for folder in engine_folders(opened)}
     if as_json:
         items = [{"name": item.name, "bytes": item.bytes, "note": item.note} for item in plan]
-        print_json({**manifest.to_dict(), "memory_plan": {"length": length, "batch": batch, "items": items}})
+        memory = {"length": length, "batch": batch, "items": items}
+        engines = {name: found.to_dict() for name, found in sets.items()}
+        print_json({**manifest.to_dict(), "memory_plan": memory, "engines": engines})
         return
     click.echo(_model_text(manifest))
     if manifest.quantization is not None:
@@ -37,6 +41,8 @@ def inspect(bundle: Path, length: int | None, batch: int, image_size: str | None
     for name, graph in manifest.graphs.items():
         click.echo(f"\n{name}: {graph.file}, {graph.dtype}\n{_contract(graph)}")
     click.echo("\nFiles\n" + table([(n, size(f.size), f.sha256[:12]) for n, f in manifest.files.items()]))
+    if sets:
+        click.echo("\nEngines\n" + _engines_text(sets))
     rows = [(item.name, size(item.bytes), item.note) for item in plan]
     total = ("total", size(sum(item.bytes for item in plan)), "")
     click.echo(f"\nMemory for {batch} x {length} tokens\n" + table([*rows, total]))
@@ -96,6 +102,17 @@ def _quantization_text(manifest: Any) -> str:
         f"calibrated on {data['rows']} rows of the {data['source']} ({data['sha256'][:12]}), seed {record['seed']}",
     ]
     return "\n".join(lines)
+
+
+def _engines_text(sets: dict[str, Any]) -> str:
+    """A line for each engine: what built it, for what, and the most it takes."""
+    rows = []
+    for name, found in sets.items():
+        for part, engine in found.engines.items():
+            dimensions = ("patches", "images") if part == "vision" else ("tokens", "batch", "length")
+            most = ", ".join(f"{engine.limits[d]['max']} {d}" for d in dimensions)
+            rows.append((name, part, f"{found.engine} {found.version}", size(engine.size), f"up to {most}"))
+    return table(rows)
 
 
 def _contract(graph: Any) -> str:

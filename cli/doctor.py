@@ -30,7 +30,9 @@ _NEEDS = (
     ("hub checkpoints", ("huggingface-hub",), "hub"),
     ("PyTorch reference", ("torch", "transformers"), "reference"),
     ("build TensorRT-RTX engines", ("tensorrt-rtx-cu13-libs|tensorrt-rtx-cu12-libs|tensorrt-rtx",), "rtx"),
-    ("TensorRT", ("tensorrt", "pycuda"), "tensorrt"),
+    ("build TensorRT engines", ("tensorrt",), "tensorrt"),
+    ("run engines", ("pycuda", "tensorrt|tensorrt-rtx|tensorrt-rtx-cu13-libs|tensorrt-rtx-cu12-libs"), "tensorrt"),
+    ("replay decode as CUDA graphs", ("cuda-bindings",), "tensorrt"),
 )
 _FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm", "bf16", "sve")
 
@@ -51,6 +53,7 @@ def doctor(as_json: bool) -> None:
 
 def machine_facts() -> dict[str, Any]:
     """Processor, memory, disk and accelerator of this machine; sizes in bytes."""
+    from ..engines.gpu import compute_capability
     from ..runtime.memory import memory_field
 
     cpu = _cpu()
@@ -64,6 +67,7 @@ def machine_facts() -> dict[str, Any]:
         "memory_available": memory_field("MemAvailable") or 0,
         "disk_free": shutil.disk_usage(".").free,
         "gpu": _gpu(),
+        "compute_capability": compute_capability(),
         "onnxruntime_providers": _providers(),
     }
 
@@ -74,7 +78,8 @@ def _readable(machine: dict[str, Any]) -> list[tuple[str, Any]]:
         shown[name] = size(shown[name])
     for name in ("cpu_features", "onnxruntime_providers"):
         shown[name] = ", ".join(shown[name]) or "none"
-    shown["gpu"] = shown["gpu"] or "none found"
+    for name in ("gpu", "compute_capability"):
+        shown[name] = shown[name] or "none found"
     return [(name.replace("_", " "), value) for name, value in shown.items()]
 
 

@@ -19,7 +19,7 @@ from .estimate import Estimate, check_fits, estimate
 from .gpu import compute_capability
 from .process import run_worker
 from .profiles import Profile, inputs_of, part_profiles, profiles
-from .record import ENGINES, RECORD, EngineRecord, EngineSet, check_engine, file_sha256, source_digests
+from .record import BUNDLE, ENGINES, RECORD, EngineRecord, EngineSet, check_engine, file_sha256, source_digests
 from .targets import Target, check, target
 
 Phases = Callable[[str, str], Any]  # title, unit -> context manager that gives a Progress

@@ -13,9 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 import onevision_edge
 from onevision_edge.bundle import Bundle
+from onevision_edge.cli import main
 from onevision_edge.engines.builder import build, plan_build
 from onevision_edge.engines.interpreter.context import Engine
 from onevision_edge.engines.interpreter.network import Network
@@ -299,6 +301,14 @@ def test_built_engines_answer(built: Bundle) -> None:
     for target in (None, "sm80"):
         model = Model(built, Built(target, verify=True))
         assert model.generate(messages(QUESTIONS[0]), max_tokens=64).text == QUESTIONS[0]["answer"]
+
+
+def test_inspect_shows_engines(built: Bundle) -> None:
+    shown = CliRunner().invoke(main, ["inspect", str(built.directory)]).stdout
+    assert "sm86  decoder  tensorrt-rtx" in shown
+    assert "up to 512 tokens, 1 batch, 512 length" in shown
+    found = json.loads(CliRunner().invoke(main, ["inspect", str(built.directory), "--json"]).stdout)
+    assert set(found["engines"]) == {"sm80", "sm86"}
 
 
 def test_engines_are_chosen_by_the_gpu(built: Bundle) -> None:
