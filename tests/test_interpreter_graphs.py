@@ -22,7 +22,7 @@ from onevision_edge.calibration.recipe import Methods
 from onevision_edge.engines.interpreter.compare import Comparison, compare
 from onevision_edge.engines.interpreter.interpreter import Interpreter
 from onevision_edge.engines.interpreter.network import Network
-from onevision_edge.precision.plan import default_plan
+from onevision_edge.precision.plan import Rule, default_plan
 from onevision_edge.runtime import token_model
 from onevision_edge.runtime.backend import Graph, SessionOptions
 
@@ -53,6 +53,10 @@ PLANS = {
     "nvfp4": default_plan("nvfp4", vision="nvfp4"),
     "float": default_plan("float", kv_cache="int8"),
 }
+PLANS["mixed"] = default_plan("fp8", vision="int4", kv_cache="int8").with_rules(
+    Rule("decoder", f"model.layers.*.{module}", precision)
+    for module, precision in (("k_proj", "int8"), ("v_proj", "int8"), ("o_proj", "nvfp4"), ("gate_proj", "int4"))
+)
 FLOATS = ("fp32", "fp16", "bf16")
 QUANTIZED = [(precision, "fp16") for precision in PLANS] + [("int8", "fp32"), ("int4", "bf16"), ("fp8", "bf16")]
 CASES = [*((dtype, dtype) for dtype in FLOATS), *QUANTIZED]
@@ -128,6 +132,19 @@ def agrees(found: Comparison) -> None:
     assert found.compared > 80
 
 
+# Every layer type that any graph of any precision parses to. One more here is one more that must be understood.
+LAYER_TYPES = """
+ACTIVATION ATTENTION_INPUT ATTENTION_OUTPUT CAST CONCATENATION CONSTANT DEQUANTIZE ELEMENTWISE FILL GATHER
+KV_CACHE_UPDATE MATRIX_MULTIPLY NORMALIZATION QUANTIZE REDUCE ROTARY_EMBEDDING SCATTER SELECT SHAPE SHUFFLE SLICE
+SOFTMAX SQUEEZE UNARY UNSQUEEZE
+"""
+
+
+def test_the_layer_types_of_all_graphs(opened: Opened) -> None:
+    graphs = [opened(*case, part).read for case in CASES for part in ("vision", "decoder")]
+    assert {layer.type for read in graphs for layer in read.layers} == set(LAYER_TYPES.split())
+
+
 @every_case
 def test_every_vision_layer_agrees(opened: Opened, precision: str, dtype: str) -> None:
     graph = opened(precision, dtype, "vision")
@@ -157,6 +174,7 @@ BOUNDS = {
     ("int8", "fp16"): 0.15,
     ("int8", "fp32"): 0.15,
     ("fp8", "fp16"): 0.4,
+    ("mixed", "fp16"): 0.4,
 }
 
 
