@@ -95,6 +95,30 @@ def test_a_dropped_length_input(tmp_path: Path) -> None:
     assert full.unused_inputs == ("lengths",)
 
 
+def test_lengths_set_on_the_parsed_network(tmp_path: Path) -> None:
+    """IAttention has an input for them, which the parser does not set: set by hand, nothing departs."""
+    half = {name: RNG.standard_normal((2, 2, n, 16)).astype(np.float16) for name, n in (("q", 3), ("k", 8), ("v", 8))}
+    path = shared.graph(
+        tmp_path / "g.onnx",
+        [node("Attention", "q k v - - - lengths", "y", scale=0.25)],
+        {**half, "lengths": np.array([5, 8])},
+        ["y"],
+    )
+    made = shared.parsed(trt, path)
+    start = next(
+        layer
+        for layer in map(made.trt.get_layer, range(made.trt.num_layers))
+        if layer.type == trt.LayerType.ATTENTION_INPUT
+    )
+    start.__class__ = trt.IAttentionInputLayer
+    lengths = next(made.trt.get_input(i) for i in range(made.trt.num_inputs) if made.trt.get_input(i).name == "lengths")
+    start.attention.key_value_lengths = made.trt.add_cast(lengths, trt.int32).get_output(0)
+    found = compare(trt, made.trt, path, {**half, "lengths": np.array([5, 8])})
+    assert found.first is None
+    assert found.unused_inputs == ()
+    assert found.compared == 1
+
+
 def test_a_wrong_mask(decoder: Path, tmp_path: Path) -> None:
     def strict(graph: onnx.GraphProto) -> None:
         named(graph, "LessOrEqual").op_type = "Less"

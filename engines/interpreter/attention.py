@@ -12,7 +12,7 @@ def attention(layer: Layer, inputs: Given) -> np.ndarray:
 
     q [batch, heads, s, d], k and v [batch, kv_heads, t, d]; query heads j*g .. j*g+g-1 share key head j. There is no
     scale: the parser multiplies q and k before. The mask, input 3, is bool (true: seen) or is added, and broadcasts
-    to [batch, heads, s, t]. A token that sees nothing gives NaN.
+    to [batch, heads, s, t]; input 6 is the number of rows of each sequence. A token that sees nothing gives NaN.
     """
     q, k, v = (present(layer, inputs, i) for i in range(3))
     if len({q.dtype, k.dtype, v.dtype}) > 1:
@@ -23,17 +23,25 @@ def attention(layer: Layer, inputs: Given) -> np.ndarray:
         raise layer.error(f"q {q.shape}, k {k.shape} and v {v.shape} do not fit")
     grouped = wide(q).reshape(batch, kv_heads, heads // kv_heads * tokens, -1)
     scores = (grouped @ wide(k).swapaxes(2, 3)).reshape(batch, heads, tokens, rows)
-    for seen in (_mask(layer, inputs), _causal(layer, tokens, rows)):
-        if seen is not None:
-            scores = np.where(seen, scores, np.float32(-np.inf)) if seen.dtype == bool else scores + wide(seen)
-    weights = softmax(scores).reshape(batch, kv_heads, -1, rows)
+    weights = softmax(masked(layer, inputs, scores)).reshape(batch, kv_heads, -1, rows)
     return rounded((weights @ wide(v)).reshape(batch, heads, tokens, -1), layer.outputs[0].dtype)
 
 
-def _mask(layer: Layer, inputs: Given) -> np.ndarray | None:
-    if len(inputs) > 4:
-        raise layer.error(f"attention with {len(inputs)} inputs; the interpreter knows q, k, v and a mask")
-    return inputs[3] if len(inputs) > 3 else None
+def masked(layer: Layer, inputs: Given, scores: np.ndarray) -> np.ndarray:
+    """float32 scores [batch, heads, s, t], -inf where a token does not see a row.
+
+    Inputs 3 and 6: the mask, and how many rows each sequence has, int32 [batch].
+    """
+    given = [*inputs, *[None] * (7 - len(inputs))]
+    if len(given) > 7 or given[4] is not None or given[5] is not None:
+        raise layer.error("it has inputs that the interpreter does not know")
+    _, _, tokens, rows = scores.shape
+    mask, lengths = given[3], given[6]
+    within = None if lengths is None else (np.arange(rows) < lengths.reshape(-1, 1))[:, None, None]
+    for seen in (mask, within, _causal(layer, tokens, rows)):
+        if seen is not None:
+            scores = np.where(seen, scores, np.float32(-np.inf)) if seen.dtype == bool else scores + wide(seen)
+    return scores
 
 
 def _causal(layer: Layer, tokens: int, rows: int) -> np.ndarray | None:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from .arithmetic import BFLOAT16, FLOATS, softmax, wide
+from .attention import masked
 from .kernels import KERNELS, oriented
 from .network import Layer
 
@@ -180,11 +181,8 @@ def _attention(layer: Layer, inputs: Arrays, errors: Errors, output: np.ndarray)
     scores = q @ k.swapaxes(2, 3)
     scale = np.float32(2 * ROUNDOFF[output.dtype] if squares.any() else 0) * np.abs(scores)
     change = 4 * np.sqrt(squares) + scale + _order(q.shape[3]) * terms + _FUNCTION
-    mask = inputs[3] if len(inputs) > 3 else None
-    if mask is not None:
-        seen = mask if mask.dtype == bool else np.isfinite(wide(mask))
-        scores = np.where(seen, scores, np.float32(-np.inf)) if mask.dtype == bool else scores + wide(mask)
-        change = np.where(seen, change, np.float32(0))
+    scores = masked(layer, inputs, scores)
+    change = np.where(np.isfinite(scores), change, np.float32(0))
     magnitude = softmax(scores) @ np.abs(v)
     return magnitude * (2 * change.max(-1, keepdims=True) + _order(k.shape[2]))
 

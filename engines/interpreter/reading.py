@@ -124,7 +124,7 @@ def _activation(layer: Any) -> dict[str, Any]:
 
 def _attention(layer: Any) -> dict[str, Any]:
     attention = layer.attention
-    for what in ("query_lengths", "key_value_lengths", "normalization_quantize_scale"):
+    for what in ("query_lengths", "normalization_quantize_scale"):
         if getattr(attention, what, None) is not None:
             raise OneVisionError(f"layer {layer.name}: attention with {what}, which the interpreter does not know")
     _only(layer.name, attention, "norm_op", "SOFTMAX")
