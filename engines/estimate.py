@@ -142,8 +142,10 @@ def _decoder_memory(manifest: Manifest, wide: Profile) -> list[MemoryItem]:
     if spec.dtype == "fp32":  # no fused attention
         activations += 2 * tokens * text.num_attention_heads * length * 4
     logits = batch * wide.rows.max * text.vocab_size * (itemsize + 4)
+    # TensorRT updates a cache where it lies by TensorScatter, which takes floats; an INT8 one is an output apart.
+    copies, note = (2, ", in and out") if cache == "int8" else (1, "")
     return [
-        MemoryItem("KV cache", batch * length * stored, f"{batch} x {length} tokens of {stored} bytes"),
+        MemoryItem("KV cache", copies * batch * length * stored, f"{batch} x {length} tokens of {stored} bytes{note}"),
         MemoryItem("decoder activations", activations, f"of {batch} x {wide.tokens.max} tokens, one layer at a time"),
         MemoryItem("logits", logits, f"{batch} x {wide.rows.max} rows of {text.vocab_size}"),
     ]

@@ -158,12 +158,12 @@ class EngineGraph:
             started = self.driver.mark()
             if state != self._executed:
                 self._executed, self._replay = None, None  # until it has run
-                self._enqueue()
+                self._enqueue(binding)
                 self._executed = state
             elif self._replay is not None:
                 self._replay()
             else:
-                self._capture()
+                self._capture(binding)
             ended = self.driver.mark()
             binding.fetch()
             self.seconds = self.driver.seconds(started, ended)
@@ -191,15 +191,16 @@ class EngineGraph:
             if not self.context.set_tensor_address(name, address):
                 raise OneVisionError(f"{self.where} does not take an address for {name}")
 
-    def _capture(self) -> None:
+    def _capture(self, binding: "EngineBinding") -> None:
         """Run what was just run once more, and keep it as a CUDA graph where there are such."""
-        self._replay = self.driver.capture(self._enqueue) if self.cuda_graphs else None
+        self._replay = self.driver.capture(lambda: self._enqueue(binding)) if self.cuda_graphs else None
         if self._replay is None:
-            self._enqueue()
+            self._enqueue(binding)
 
-    def _enqueue(self) -> None:
+    def _enqueue(self, binding: "EngineBinding") -> None:
         if not self.context.execute_async_v3(self.driver.stream):
             raise OneVisionError(f"{self.where}: the engine did not run; its log says why")
+        binding.copy_back()
 
     def _profile_for(self, binding: "EngineBinding") -> int:
         """The profile that holds all inputs; of several the one whose largest shapes are smallest."""
@@ -250,6 +251,7 @@ class EngineBinding:
         self._staging: dict[str, Staging] = {}
         self._host: dict[str, np.ndarray] = {}  # inputs that TensorRT reads from the host
         self._held: dict[str, DeviceArray] = {}
+        self._back: list[tuple[DeviceArray, DeviceArray]] = []  # arrays, and what is to be copied to them
         self._wanted: dict[str, np.ndarray] = {}  # outputs that go back to the host
 
     def input(self, name: str, array: np.ndarray | DeviceArray) -> None:
@@ -265,7 +267,10 @@ class EngineBinding:
             self.addresses[name] = self._stage(name).upload(array.astype(self.graph.tensors[name].dtype, copy=False))
 
     def in_place(self, past: str, present: str, array: DeviceArray) -> None:
-        """Bind one array to an input and to the output that updates it. Raises OneVisionError if it is not aligned."""
+        """Bind one array to an input and to the output that updates it. Raises OneVisionError if it is not aligned.
+
+        Where the engine does not update it where it lies, as INT8 caches, the output is copied back after each call.
+        """
         if array.pointer % ALIGNMENT:
             raise OneVisionError(
                 f"{self.graph.where}: a sequence's cache of {array.nbytes} bytes does not end on a multiple of "
@@ -274,6 +279,10 @@ class EngineBinding:
         self.shapes[past] = array.shape
         self.addresses[past] = self.addresses[present] = array.pointer
         self._held[past] = array
+        if self.graph.engine.get_aliased_input_tensor(present) != past:
+            self._held[present] = DeviceArray.empty(array.driver, array.shape, array.dtype)
+            self.addresses[present] = self._held[present].pointer
+            self._back.append((array, self._held[present]))
 
     def output(self, name: str, array: np.ndarray) -> None:
         """Bind a contiguous host array to receive an output."""
@@ -293,6 +302,11 @@ class EngineBinding:
     def run(self) -> None:
         """Run on what is bound, and wait for the outputs."""
         self.graph.execute(self)
+
+    def copy_back(self) -> None:
+        """Queue copies of what the engine could not update where it lies."""
+        for array, updated in self._back:
+            array[:] = updated
 
     def fetch(self) -> None:
         """Copy the outputs that the host wants, and wait for everything."""
