@@ -1,9 +1,9 @@
-"""What sizes an engine takes: optimisation profiles as data, and requests held against them.
+"""What sizes an engine takes: optimisation profiles as data.
 
 An engine is compiled for ranges of its free dimensions and reserves memory for the largest. One wide profile serves
 prefill and decode. A second one, for decode alone, lets the compiler choose kernels for a single token; weights of
 16 and 8 bits are then stored twice, INT4 and NVFP4 ones are not (0.6-billion decoder: 1.19 GB of FP16 weights make
-an engine of 2.11 GB with both, 0.31 GB of INT4 one of 0.35 GB).
+an engine of 2.41 GB with both).
 """
 
 import math
@@ -12,17 +12,9 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from ..bundle import GraphSpec, Manifest
-from ..config import VisionConfig
 from ..errors import OneVisionError
 
 LENGTH = "valid_length"  # the decoder's shape tensor: its value, not its shape, has a range
-OPTIONS = {  # of the build command, by the dimension that each limits
-    "patches": "--max-pixels",
-    "images": "--max-images",
-    "tokens": "--max-tokens",
-    "batch": "--max-batch",
-    "rows": "--max-rows",
-}
 MAX_TOKENS = 512  # of one decoder call: a chunk of prefill, as the runtime cuts prompts
 MAX_ROWS = 32  # of logits in one call: 1 in decode, as many as there are drafted tokens in verification
 
@@ -159,45 +151,6 @@ def part_profiles(part: str, chosen: Sequence[Profile]) -> tuple[Profile, ...]:
 
 def _shape(shape: tuple[int | str, ...], profile: Profile, end: str) -> tuple[int, ...]:
     return tuple(getattr(getattr(profile, size), end) if isinstance(size, str) else size for size in shape)
-
-
-def fit(
-    limits: Mapping[str, Mapping[str, int]],
-    vision: VisionConfig,
-    *,
-    size: tuple[int, int] | None = None,
-    **request: int,
-) -> None:
-    """Raise OneVisionError where a request lies outside an engine's limits, saying which, and what would fit.
-
-    limits: of the engine's record. size: height and width in pixels of an image, after the runtime's own resizing.
-    request: any of patches, images, tokens, batch, rows, length.
-    """
-    if size is not None:
-        _fit_image(limits["patches"]["max"], vision, *size)
-    for name, asked in request.items():
-        low, high = limits[name]["min"], limits[name]["max"]
-        if low <= asked <= high:
-            continue
-        if name == "length":
-            raise OneVisionError(
-                f"{asked} tokens do not fit the engine's KV cache of {high}: shorten the prompt, or export with a "
-                "larger --max-length and build again"
-            )
-        advice = f"send fewer, or build again with {OPTIONS[name]}" if asked > high else "send more"
-        raise OneVisionError(f"{name} is {asked}; this engine takes {low} to {high}: {advice}")
-
-
-def _fit_image(limit: int, vision: VisionConfig, height: int, width: int) -> None:
-    side = vision.patch_size * vision.spatial_merge_size
-    patches = (height // vision.patch_size) * (width // vision.patch_size)
-    if patches <= limit:
-        return
-    rows, columns = resized(limit // vision.merge_unit, height, width)
-    raise OneVisionError(
-        f"an image of {height} x {width} pixels is {patches} patches; this engine takes at most {limit}: resize it to "
-        f"{rows * side} x {columns * side}, or build again with --max-pixels {height * width}"
-    )
 
 
 def resized(tokens: int, height: int, width: int) -> tuple[int, int]:

@@ -132,11 +132,12 @@ class Graph:
     def check_batch(self, batch: int) -> None:
         """Any number of sequences will do."""
 
-    def images_per_call(self, config: VisionConfig, patches: int) -> int:
-        """How many images of so many patches one call takes, for their attention scores not to fill the memory.
+    def images_per_call(self, config: VisionConfig, size: tuple[int, int]) -> int:
+        """How many images of a size one call takes, for their attention scores not to fill the memory.
 
-        Raises OneVisionError where one alone would not fit this machine's.
+        size: rows and columns of patches. Raises OneVisionError where one image would not fit this machine's memory.
         """
+        patches = size[0] * size[1]
         available = memory_field("MemAvailable")
         needed = vision_attention_bytes(config, patches)
         if available is not None and needed > available:

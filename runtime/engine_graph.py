@@ -14,6 +14,7 @@ import numpy as np
 
 from ..bundle import GraphSpec
 from ..config import VisionConfig
+from ..engines.profiles import resized
 from ..errors import OneVisionError
 from ..precision import FLOAT_FORMATS, FloatFormat, float_format
 from .device import ALIGNMENT, DeviceArray, Driver, Staging
@@ -101,21 +102,18 @@ class EngineGraph:
                 f"--max-batch {batch}"
             )
 
-    def images_per_call(self, config: VisionConfig, patches: int) -> int:
-        """How many images of so many patches one call takes. Raises OneVisionError where it is none."""
+    def images_per_call(self, config: VisionConfig, size: tuple[int, int]) -> int:
+        """How many images of a size, rows and columns of patches, one call takes. Raises OneVisionError if none."""
+        patches = size[0] * size[1]
         fitting = [r["pixel_values"] for r in self.profiles if r["pixel_values"][1][1] >= patches]
+        height, width = (n * config.patch_size for n in size)
         if not fitting:
-            most = self._most("pixel_values", 1)
+            most, side = self._most("pixel_values", 1), config.patch_size * config.spatial_merge_size
+            rows, columns = (n * side for n in resized(most // config.merge_unit, height, width))
             raise OneVisionError(
-                f"an image of {patches} patches is too large for {self.where}, which takes {most}: pass "
-                f"max_pixels={most * config.patch_size**2} (--max-pixels {most * config.patch_size**2}) or less, or "
-                "build it for larger ones"
-            )
-        least = min(ranges[0][1] for ranges in fitting)
-        if patches < least:
-            raise OneVisionError(
-                f"an image of {patches} patches is too small for {self.where}, which takes {least} or more: pass "
-                f"min_pixels={least * config.patch_size**2} (--min-pixels {least * config.patch_size**2})"
+                f"an image of {height} x {width} pixels is {patches} patches, and {self.where} takes {most}: resize it "
+                f"to {rows} x {columns}, pass max_pixels={most * config.patch_size**2} (--max-pixels), or build it "
+                f"with --max-pixels {height * width}"
             )
         return max(ranges[1][0] for ranges in fitting)
 

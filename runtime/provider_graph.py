@@ -39,9 +39,9 @@ class ProviderGraph(Graph):
         self.driver = driver if driver is not None else _cuda()
         super().__init__(path, spec, options)
 
-    def images_per_call(self, config: VisionConfig, patches: int) -> int:
-        """As many images of so many patches as keep their attention scores bounded."""
-        return max(1, _GPU_SCORES // (config.num_heads * (patches + 1) ** 2))
+    def images_per_call(self, config: VisionConfig, size: tuple[int, int]) -> int:
+        """As many images of a size as keep their attention scores bounded."""
+        return max(1, _GPU_SCORES // (config.num_heads * (size[0] * size[1] + 1) ** 2))
 
     def empty(self, shape: tuple[int, ...]) -> Any:
         """Device memory of floats in the graph's format."""

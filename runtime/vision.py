@@ -37,7 +37,7 @@ class VisionEncoder:
         sizes = np.array([h * w for h, w in segments], np.int64)
         starts = np.concatenate([[0], np.cumsum(sizes)])
         merge_unit = self.config.merge_unit
-        most = {size: self.graph.images_per_call(self.config, size[0] * size[1]) for size in dict.fromkeys(segments)}
+        most = {size: self.graph.images_per_call(self.config, size) for size in dict.fromkeys(segments)}
         embeds: Any = self.graph.empty((int(starts[-1]) // merge_unit, self.config.text_hidden_size))
         for size, count in most.items():
             members = [i for i, segment in enumerate(segments) if segment == size]

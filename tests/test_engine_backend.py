@@ -225,7 +225,7 @@ def test_a_decode_profile_is_used_for_decode_alone(bundle: Callable[[str], Path]
         (
             {"max_pixels": 56 * 56},
             "question",
-            "too large for the vision engine, which takes 16: pass max_pixels=3136",
+            "is 768 patches, and the vision engine takes 16: resize it to 28 x 56, pass max_pixels=3136 ",
         ),
         (
             {"max_batch": 1},

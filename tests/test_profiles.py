@@ -1,4 +1,4 @@
-"""Optimisation profiles as data, and requests outside them, refused with what would fit."""
+"""Optimisation profiles as data."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -11,7 +11,6 @@ from onevision_edge.engines.profiles import (
     InputRange,
     Profile,
     Range,
-    fit,
     inputs_of,
     part_profiles,
     patch_limit,
@@ -109,51 +108,10 @@ def test_ranges_are_in_order(sizes: tuple[int, int, int]) -> None:
         Range(*sizes)
 
 
-# Requests
-
-
-@pytest.fixture
-def limits(manifest: Manifest) -> dict[str, dict[str, int]]:
-    return profiles(manifest, max_pixels=PIXELS, max_tokens=64, max_batch=2)[0].limits()
-
-
-def test_what_fits_is_let_pass(manifest: Manifest, limits: dict[str, dict[str, int]]) -> None:
-    fit(limits, manifest.model.vision, size=(448, 448), images=1, batch=2, tokens=64, rows=32, length=256)
-    fit(limits, manifest.model.vision, patches=4, length=1)
-
-
-@pytest.mark.parametrize(
-    ("request_", "message"),
-    [
-        ({"batch": 3}, "batch is 3; this engine takes 1 to 2: send fewer, or build again with --max-batch"),
-        ({"tokens": 65}, "tokens is 65; this engine takes 1 to 64: send fewer, or build again with --max-tokens"),
-        ({"patches": 2}, "patches is 2; this engine takes 4 to 1024: send more"),
-        ({"rows": 33}, "build again with --max-rows"),
-        ({"images": 2}, "build again with --max-images"),
-        ({"length": 257}, "257 tokens do not fit the engine's KV cache of 256"),
-    ],
-)
-def test_what_does_not_fit_is_named(
-    manifest: Manifest, limits: dict[str, dict[str, int]], request_: dict[str, int], message: str
-) -> None:
-    with pytest.raises(OneVisionError) as refusal:
-        fit(limits, manifest.model.vision, **request_)
-    assert message in str(refusal.value)
-
-
 @pytest.mark.parametrize(("height", "width"), [(1120, 1680), (476, 448), (28, 28 * 300), (5600, 5600)])
-def test_the_resize_that_is_offered_fits(
-    manifest: Manifest, limits: dict[str, dict[str, int]], height: int, width: int
-) -> None:
-    patches = height * width // 196
-    with pytest.raises(OneVisionError) as refusal:
-        fit(limits, manifest.model.vision, size=(height, width))
-    message = str(refusal.value)
-    assert message.startswith(f"an image of {height} x {width} pixels is {patches} patches; this engine takes at most ")
-    assert message.endswith(f"or build again with --max-pixels {height * width}")
-    offered = message.split("resize it to ")[1].split(",")[0].split(" x ")
-    rows, columns = (int(side) // 28 for side in offered)
-    fit(limits, manifest.model.vision, size=(rows * 28, columns * 28))
+def test_the_resize_that_is_offered_fits(height: int, width: int) -> None:
+    rows, columns = resized(256, height, width)
+    assert rows * columns <= 256
     assert (rows + 1) * (columns + 1) > 256  # no smaller than it must be
 
 
