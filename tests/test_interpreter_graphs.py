@@ -23,7 +23,7 @@ from onevision_edge.engines.interpreter.compare import Comparison, compare
 from onevision_edge.engines.interpreter.interpreter import Interpreter
 from onevision_edge.engines.interpreter.network import Network
 from onevision_edge.precision.plan import Rule, default_plan
-from onevision_edge.runtime import token_model
+from onevision_edge.runtime import backend
 from onevision_edge.runtime.backend import Graph, SessionOptions
 
 trt = pytest.importorskip(
@@ -253,13 +253,11 @@ def test_caches_are_updated_in_place_or_handed_on(opened: Opened, precision: str
 # The golden checkpoint, by the runtime's own loop with interpreters in the place of its sessions
 
 
-class InterpretedGraph:
-    """What runtime.backend.Graph is to the loop, on the network that TensorRT parses."""
+class InterpretedGraph(Graph):
+    """runtime.backend.Graph on the network that TensorRT parses."""
 
     def __init__(self, path: Path, spec: Any, options: SessionOptions) -> None:
-        plain = object.__new__(Graph)
-        plain.spec, plain.fmt = spec, onevision_edge.precision.float_format(spec.dtype)
-        self.spec, self.fmt, self.cache_dtype = spec, plain.fmt, Graph.cache_dtype.fget(plain)
+        self.spec, self.fmt = spec, onevision_edge.precision.float_format(spec.dtype)
         self.interpreter = Interpreter(shared.parsed(trt, path).read)
 
     @property
@@ -304,7 +302,7 @@ GOLDEN_BOUNDS = {"fp32": 1e-4, "fp16": 0.1}
 @pytest.fixture(scope="module")
 def golden_models(golden_bundle: Callable[..., Path]) -> dict[str, Any]:
     patch = pytest.MonkeyPatch()
-    patch.setattr(token_model, "Graph", InterpretedGraph)
+    patch.setattr(backend, "Graph", InterpretedGraph)
     try:
         return {dtype: onevision_edge.load(golden_bundle(dtype), threads=1) for dtype in GOLDEN_BOUNDS}
     finally:
@@ -359,7 +357,7 @@ def test_answers_of_quantized_bundles(
     benchmark, rows = questions
     sessions = onevision_edge.load(bundle, threads=1, exact=True)
     wanted = [benchmark.ask(sessions, row) for row in rows]
-    monkeypatch.setattr(token_model, "Graph", InterpretedGraph)
+    monkeypatch.setattr(backend, "Graph", InterpretedGraph)
     interpreted = onevision_edge.load(bundle, threads=1)
     answers = [benchmark.ask(interpreted, row) for row in rows]
     print(f"{precision}: {sum(a == w for a, w in zip(answers, wanted, strict=True))} of {len(rows)} {answers}")
