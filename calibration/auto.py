@@ -160,7 +160,10 @@ def _within(
         if used <= allowed:
             return bundle, search
         job = replace(job, overwrite=True)
-        limit = limit - (used - allowed) if budget.kld is None else limit * allowed / used / 1.1
+        if budget.kld is None:
+            fixed = math.ceil(used) - allocation.bytes  # the graphs' files and the manifest with it
+        else:
+            limit *= allowed / used / 1.1
     raise OneVisionError(
         f"{job.target}: after {_ATTEMPTS} searches the bundle still takes {used:.4g} of a budget of {allowed:.4g}; the "
         "last one was kept: allow more, or give more candidates"

@@ -1,7 +1,9 @@
 """A bundle's TensorRT engines as a backend: found, checked before they are loaded, deserialised."""
 
+import logging
 from dataclasses import dataclass, field
 from functools import cached_property
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,9 @@ from ..errors import OneVisionError
 from .cuda import CudaDriver
 from .device import Driver
 from .engine_graph import EngineGraph
+
+LOG = logging.getLogger(__name__)
+_LEVELS = {"INTERNAL_ERROR": logging.ERROR, "ERROR": logging.ERROR, "WARNING": logging.WARNING}
 
 
 @dataclass
@@ -80,11 +85,12 @@ class Engines:
     def deserialize(self, bundle: Bundle, part: str, path: Path, found: EngineSet) -> Any:
         """The engine in a file. Raises OneVisionError where TensorRT refuses it."""
         library = self.library(found.engine)
-        logger = library.Logger(library.Logger.WARNING)
+        logger = _logger(library)
         runtime = library.Runtime(logger)
-        engine = runtime.deserialize_cuda_engine(path.read_bytes())
+        with open(path, "rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
+            engine = runtime.deserialize_cuda_engine(data)
         if engine is None:
-            raise OneVisionError(f"{path}: {found.engine} {library.__version__} cannot load it; its log says why")
+            raise OneVisionError(f"{path}: {found.engine} {library.__version__} cannot load it: {logger.last}")
         self._libraries[f"{found.engine} {part}"] = (logger, runtime)  # must outlive the engine
         return engine
 
@@ -96,3 +102,19 @@ class Engines:
         strategy = self.library(kind).CudaGraphStrategy
         config.cuda_graph_strategy = strategy.WHOLE_GRAPH_CAPTURE if self.cuda_graphs else strategy.DISABLED
         return engine.create_execution_context(config)
+
+
+def _logger(library: Any) -> Any:
+    """TensorRT's messages as Python's logging has them; the last error is kept."""
+
+    class Log(library.ILogger):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = "it does not say why"
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity.name in ("ERROR", "INTERNAL_ERROR"):
+                self.last = message
+            LOG.log(_LEVELS.get(severity.name, logging.DEBUG), "%s", message)
+
+    return Log()
