@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -30,6 +30,15 @@ Progress = Callable[[int, int, str], None]  # bytes done, bytes in all, what is 
 
 def no_progress(done: int, total: int, label: str) -> None:
     """The progress of callers who want none."""
+
+
+# A title and what is counted (B for bytes) to a callback for what is done under it.
+Phases = Callable[[str, str], AbstractContextManager[Progress]]
+
+
+def no_phases(title: str, unit: str) -> AbstractContextManager[Progress]:
+    """The phases of callers who want no progress."""
+    return nullcontext(no_progress)
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,6 +249,14 @@ class Bundle:
                 raise OneVisionError(f"{path} has {size} bytes, the manifest says {spec.size}; export or copy it again")
 
 
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file."""
+    digest = hashlib.sha256()
+    for block in _blocks(path):
+        digest.update(block)
+    return digest.hexdigest()
+
+
 def _blocks(path: Path, size: int = 1 << 22) -> Iterator[bytes]:
     with open(path, "rb", buffering=0) as file:
         while block := file.read(size):
@@ -264,10 +281,7 @@ class BundleWriter:
         """Flush a finished file to disk and record its digest (hashed here unless given)."""
         path = self.path(name)
         if sha256 is None:
-            digest = hashlib.sha256()
-            for block in _blocks(path):
-                digest.update(block)
-            sha256 = digest.hexdigest()
+            sha256 = file_sha256(path)
         with open(path, "rb") as file:
             os.fsync(file.fileno())
         self.files[name] = FileSpec(path.stat().st_size, sha256)

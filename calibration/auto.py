@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ..bundle import Bundle
+from ..bundle import Bundle, Phases, no_phases
 from ..errors import OneVisionError
 from ..export.draft import COPIED, Draft
 from ..precision.plan import Plan, default_plan
@@ -14,7 +14,7 @@ from .data import Data, DataOptions, Source, is_large
 from .dataset import hold_out
 from .frontier import Mark, Point, allocation_rows, svg_plot, text_plot
 from .journal import journal
-from .quantize import Job, Phases, no_phases, prepare
+from .quantize import Job, prepare
 from .recipe import Methods
 from .sensitivity import FLOATING, ModuleGroup, Sensing, group_bytes, module_groups
 

@@ -1,8 +1,7 @@
 """Checkpoint in, quantised bundle out: calibrated on images, its distance from full precision measured."""
 
 import os
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import numpy as np
 import onnxruntime as ort
 
 from .. import __version__
-from ..bundle import Bundle, BundleWriter, Manifest, Progress, check_destination, no_progress, writing
+from ..bundle import Bundle, BundleWriter, Manifest, Phases, Progress, check_destination, no_phases, writing
 from ..errors import OneVisionError
 from ..export.checkpoint import Checkpoint
 from ..export.draft import Draft
@@ -25,14 +24,6 @@ from .journal import Journal, journal
 from .quality import measure
 from .recipe import Methods
 from .walk import REFERENCE, Walk
-
-# A title and what is counted (B for bytes) to a callback for what is done under it.
-Phases = Callable[[str, str], AbstractContextManager[Progress]]
-
-
-def no_phases(title: str, unit: str) -> AbstractContextManager[Progress]:
-    """The phases of callers who want no progress."""
-    return nullcontext(no_progress)
 
 
 @dataclass(frozen=True)

@@ -2,33 +2,24 @@
 
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..bundle import Bundle, BundleWriter, Progress, no_progress, writing
+from ..bundle import Bundle, BundleWriter, Phases, file_sha256, no_phases, writing
 from ..config import read_json
 from ..errors import OneVisionError
-from ..precision.plan import Plan
 from ..runtime.memory import memory_field
 from .commands import SCRIPT, commands, engine_file, script
 from .dialects import RTX, TENSORRT, BuildOptions, Dialect
 from .estimate import Estimate, check_fits, estimate
 from .gpu import compute_capability
+from .linears import plan_of
 from .process import run_worker
 from .profiles import Profile, inputs_of, part_profiles, profiles
-from .record import BUNDLE, ENGINES, RECORD, EngineRecord, EngineSet, check_engine, file_sha256, source_digests
+from .record import BUNDLE, ENGINES, RECORD, EngineRecord, EngineSet, check_engine, source_digests
 from .targets import Target, check, target
-
-Phases = Callable[[str, str], Any]  # title, unit -> context manager that gives a Progress
-
-
-@contextmanager
-def silent(title: str, unit: str = "B") -> Iterator[Progress]:
-    """The progress of callers who want none."""
-    yield no_progress
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +77,7 @@ def plan_build(
     bundle, options = Bundle.open(path), options or BuildOptions()
     found = tuple(_target(name) for name in targets)
     for one in found:
-        check(_plan(bundle), one)
+        check(plan_of(bundle.manifest), one)
     parts = tuple(parts or bundle.manifest.graphs)
     for part in parts:
         bundle.graph(part)
@@ -107,13 +98,6 @@ def _target(name: str) -> Target:
     if found.capability is None:
         raise OneVisionError("the cpu target has no engine to build: ONNX Runtime runs the bundle as it is")
     return found
-
-
-def _plan(bundle: Bundle) -> Plan:
-    quantization = bundle.manifest.quantization
-    if quantization:
-        return Plan.from_dict(quantization["plan"])
-    return Plan("float", next(iter(bundle.manifest.graphs.values())).dtype)
 
 
 def _max_pixels(bundle: Bundle) -> int:
@@ -176,7 +160,7 @@ def _free(path: Path) -> int:
 
 
 def build(
-    plan: BuildPlan, *, overwrite: bool = False, phases: Phases = silent, verbose: bool = False
+    plan: BuildPlan, *, overwrite: bool = False, phases: Phases = no_phases, verbose: bool = False
 ) -> EngineSet | None:
     """Build a plan's engines into its folder: all of them and their record, or nothing.
 

@@ -16,7 +16,7 @@ from ..precision import float_format, from_float32
 from ..runtime.images import patch_positions
 from ..runtime.memory import memory_field
 from ..runtime.stitching import EmbeddingTable
-from .dialects import Dialect, create_network
+from .dialects import Dialect, create_network, parse
 from .interpreter.compare import Comparison, compare
 from .interpreter.interpreter import Interpreter
 from .interpreter.network import Network, Tensor
@@ -67,14 +67,13 @@ def check_graphs(
     found: list[Check] = []
     for part in parts:
         _check_memory(bundle, part)
-        logger = trt.Logger(trt.Logger.ERROR)
-        builder = trt.Builder(logger)
+        log = trt.Logger(trt.Logger.ERROR)
+        builder = trt.Builder(log)
         network = create_network(trt, dialect.name, builder)
-        parser = trt.OnnxParser(network, logger)
         path = bundle.path(bundle.graph(part).file)
-        if not parser.parse_from_file(str(path)):
-            raise OneVisionError(f"{path}: {dialect.title} does not parse it: {parser.get_error(0).desc()}")
+        parser = parse(trt, dialect, network, log, path)
         read = Network.read(trt, network)
+        del parser, network, builder  # what was read needs none of them
         for call, inputs in _inputs(bundle, part, read):
             progress(len(found), calls, f"{part}, {call}")
             found.append(Check(part, call, compare(trt, read, path, inputs)))

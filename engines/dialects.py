@@ -6,7 +6,7 @@ TensorRT compiles for the GPU it runs on. Graphs are strongly typed in either; i
 """
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -141,6 +141,36 @@ def create_network(trt: Any, dialect: str, builder: Any) -> Any:
     if dialect == TENSORRT.name and version_of(trt)[0] < 11:
         flags = 1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
     return builder.create_network(flags)
+
+
+def logger(trt: Any, tell: Callable[[str, str], None]) -> Any:
+    """A logger that gives messages to `tell`, with the name of their severity, and keeps errors in `errors`."""
+
+    class Log(trt.ILogger):
+        def __init__(self) -> None:
+            super().__init__()
+            self.errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity.name in ("ERROR", "INTERNAL_ERROR"):
+                self.errors.append(message)
+            tell(severity.name, message)
+
+    return Log()
+
+
+def first_line(errors: Sequence[str]) -> str:
+    """The first of some errors, on one line."""
+    return " ".join(errors[0].split()) if errors else "it does not say why"
+
+
+def parse(trt: Any, dialect: Dialect, network: Any, log: Any, path: Path) -> Any:
+    """Fill a network from the graph at `path`; returns the parser, which must outlive it. Raises OneVisionError."""
+    parser = trt.OnnxParser(network, log)
+    if not parser.parse_from_file(str(path)):
+        errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
+        raise OneVisionError(f"{path.name}: {dialect.title} does not parse it: {first_line(errors)}")
+    return parser
 
 
 def configure(trt: Any, dialect: str, config: Any, options: BuildOptions, capabilities: tuple[str, ...]) -> None:

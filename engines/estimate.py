@@ -8,13 +8,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from ..bundle import GraphSpec, Manifest
+from ..bundle import Manifest
 from ..errors import OneVisionError
 from ..precision import float_format
-from ..precision.plan import Plan
 from ..runtime.memory import MemoryItem
 from . import roofline
-from .linears import linears
+from .linears import linears, plan_of
 from .profiles import Profile
 from .targets import Target
 
@@ -106,12 +105,6 @@ def _layers(manifest: Manifest, part: str) -> int:
     return manifest.model.vision.depth if part == "vision" else manifest.model.text.num_hidden_layers
 
 
-def _plan(manifest: Manifest, spec: GraphSpec) -> Plan:
-    if manifest.quantization is None:
-        return Plan("float", spec.dtype)
-    return Plan.from_dict(manifest.quantization["plan"])
-
-
 def device_memory(manifest: Manifest, engines: Mapping[str, int], profiles: Sequence[Profile]) -> list[MemoryItem]:
     """Bytes on the device: engines, the KV cache for the largest batch, and what lives at once at the largest sizes.
 
@@ -190,7 +183,7 @@ def macs_of(manifest: Manifest, part: str, tokens: int) -> dict[str, float]:
     The head runs for one token, the merger for a quarter of the patches' rows.
     """
     spec, config = manifest.graphs[part], manifest.model
-    plan = _plan(manifest, spec)
+    plan = plan_of(manifest)
     found: dict[str, float] = {}
     for name, (inputs, outputs) in linears(part, config).items():
         rows = 1 if name == "lm_head" else tokens / config.vision.merge_unit if "merger" in name else tokens

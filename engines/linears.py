@@ -1,6 +1,15 @@
 """The products with weights of both graphs, by the checkpoint's names, and what they multiply."""
 
+from ..bundle import Manifest
 from ..config import ModelConfig
+from ..precision.plan import Plan
+
+
+def plan_of(manifest: Manifest) -> Plan:
+    """The plan that a bundle's products follow: floats throughout where it was not quantised."""
+    if manifest.quantization is not None:
+        return Plan.from_dict(manifest.quantization["plan"])
+    return Plan("float", next(iter(manifest.graphs.values())).dtype)
 
 
 def linears(part: str, config: ModelConfig) -> dict[str, tuple[int, int]]:

@@ -119,13 +119,13 @@ def given(layer: Any) -> list[Any]:
     return [tensor for tensor in (layer.get_input(i) for i in range(layer.num_inputs)) if tensor is not None]
 
 
-def check_network(parsed: ParsedNetwork, part: str, spec: GraphSpec, config: ModelConfig, plan: Plan | None) -> None:
+def check_network(parsed: ParsedNetwork, part: str, spec: GraphSpec, config: ModelConfig, plan: Plan) -> None:
     """Raise OneVisionError where a network is not its graph: an input that no layer reads, an input or output of
     another type or shape, attention that is not fused, a product that is not what the plan says."""
     _check_inputs_used(parsed, spec)
     _check_contract(parsed, spec)
     _check_attention(parsed, part, spec, config)
-    _check_products(parsed, part, spec, config, plan or Plan("float", spec.dtype))
+    _check_products(parsed, part, spec, config, plan)
 
 
 def _check_inputs_used(parsed: ParsedNetwork, spec: GraphSpec) -> None:

@@ -4,14 +4,13 @@ The directory is written beside its place and renamed when complete. An engine i
 before it is deserialised where it cannot run: each refusal names the command that builds it again.
 """
 
-import hashlib
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..bundle import Bundle
+from ..bundle import Bundle, FileSpec, file_sha256
 from ..config import read_json
 from ..errors import OneVisionError
 from .dialects import DIALECTS, RTX, version_numbers
@@ -22,19 +21,10 @@ RECORD = "engine.json"
 FORMAT = "onevision-edge engines"
 FORMAT_VERSION = 1
 BUNDLE = "BUNDLE"
-_BLOCK = 1 << 22
 # TensorRT-RTX's header, as version 1.7.1 writes it: a tag, the file's size at byte 16, the version at 24, the
 # compute capabilities at 32.
 HEADER_SIZE = 64
 _TAG = b"vtrt"
-
-
-@dataclass(frozen=True, slots=True)
-class FileDigest:
-    """Size in bytes and sha256 of a file."""
-
-    size: int
-    sha256: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +36,7 @@ class EngineRecord:
     file: str
     size: int
     sha256: str
-    sources: Mapping[str, FileDigest]
+    sources: Mapping[str, FileSpec]
     profiles: Mapping[str, Mapping[str, Mapping[str, int]]]
     seconds: float | None
     peak_rss: int | None
@@ -111,7 +101,7 @@ def _engine_record(raw: Mapping[str, Any]) -> EngineRecord:
         file=str(raw["file"]),
         size=int(raw["size"]),
         sha256=str(raw["sha256"]),
-        sources={name: FileDigest(int(f["size"]), str(f["sha256"])) for name, f in raw["sources"].items()},
+        sources={name: FileSpec(int(f["size"]), str(f["sha256"])) for name, f in raw["sources"].items()},
         profiles=profiles,
         seconds=None if raw["seconds"] is None else float(raw["seconds"]),
         peak_rss=None if raw["peak_rss"] is None else int(raw["peak_rss"]),
@@ -240,21 +230,12 @@ def _check_sources(bundle: Bundle, path: Path, record: EngineRecord, again: str)
             raise OneVisionError(f"{path} was built of another {name} than the bundle holds; {again}")
 
 
-def source_digests(bundle: Bundle, names: Sequence[str]) -> dict[str, FileDigest]:
+def source_digests(bundle: Bundle, names: Sequence[str]) -> dict[str, FileSpec]:
     """Size and sha256 of files of a bundle, hashed. Raises OneVisionError where they are not the manifest's."""
     found = {}
     for name in names:
         spec, path = bundle.manifest.files[name], bundle.path(name)
-        found[name] = FileDigest(path.stat().st_size, file_sha256(path))
+        found[name] = FileSpec(path.stat().st_size, file_sha256(path))
         if found[name].sha256 != spec.sha256:
             raise OneVisionError(f"{path} has changed since the bundle was written; export or copy it again")
     return found
-
-
-def file_sha256(path: Path) -> str:
-    """The sha256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb", buffering=0) as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()

@@ -16,8 +16,18 @@ from typing import Any
 
 from ..bundle import Bundle
 from ..errors import OneVisionError
-from ..precision.plan import Plan
-from .dialects import DIALECTS, BuildOptions, Dialect, add_profiles, configure, create_network
+from .dialects import (
+    DIALECTS,
+    BuildOptions,
+    Dialect,
+    add_profiles,
+    configure,
+    create_network,
+    first_line,
+    logger,
+    parse,
+)
+from .linears import plan_of
 from .network import ParsedNetwork, check_network, layer_counts
 
 STEPS = 1000  # that a build is said to have
@@ -59,7 +69,7 @@ def _wait_for_end(stop: threading.Event) -> None:
 def _build(job: dict[str, Any], stop: threading.Event, answer: Answer) -> dict[str, Any]:
     dialect = DIALECTS[job["engine"]]
     trt = dialect.load()
-    log = _logger(trt, answer, job["verbose"])
+    log = logger(trt, lambda severity, message: _tell(answer, job["verbose"], severity, message))
     bundle = Bundle.open(job["bundle"])
     builder = trt.Builder(log)
     network = create_network(trt, dialect.name, builder)
@@ -79,12 +89,10 @@ def _build(job: dict[str, Any], stop: threading.Event, answer: Answer) -> dict[s
 def _parse(trt: Any, dialect: Dialect, network: Any, log: Any, bundle: Bundle, part: str) -> dict[str, int]:
     """Fill a network from its graph and check it; returns its layers by kind."""
     spec = bundle.graph(part)
-    parser = trt.OnnxParser(network, log)
-    if not parser.parse_from_file(str(bundle.path(spec.file))):
-        errors = [parser.get_error(i).desc() for i in range(parser.num_errors)]
-        raise OneVisionError(f"{spec.file}: {dialect.title} does not parse it: {_line(errors)}")
+    parser = parse(trt, dialect, network, log, bundle.path(spec.file))
     parsed = ParsedNetwork(trt, network)
-    check_network(parsed, part, spec, bundle.manifest.model, _plan(bundle))
+    check_network(parsed, part, spec, bundle.manifest.model, plan_of(bundle.manifest))
+    del parser  # it had to outlive the reading
     return layer_counts(parsed)
 
 
@@ -109,22 +117,12 @@ def _compile(
     if stop.is_set():
         raise OneVisionError("the build was stopped")
     if engine is None:
-        raise OneVisionError(f"{job['part']}: {dialect.title} builds no engine: {_line(log.errors)}")
+        raise OneVisionError(f"{job['part']}: {dialect.title} builds no engine: {first_line(log.errors)}")
     if options.timingCacheFile is not None:
         _keep_cache(Path(options.timingCacheFile), config)
     written = _write(Path(job["output"]), engine)
     answer("progress", [STEPS, STEPS, "written"])
     return written
-
-
-def _plan(bundle: Bundle) -> Plan | None:
-    quantization = bundle.manifest.quantization
-    return Plan.from_dict(quantization["plan"]) if quantization else None
-
-
-def _line(errors: list[str]) -> str:
-    """The first error, on one line."""
-    return " ".join(errors[0].split()) if errors else "it does not say why"
 
 
 def _write(path: Path, engine: Any) -> tuple[int, str]:
@@ -156,22 +154,10 @@ def _peak_rss() -> int | None:
     return 1024 * int(status.split("VmHWM:")[1].split()[0])
 
 
-def _logger(trt: Any, answer: Answer, verbose: bool) -> Any:
-    """A logger that forwards messages, and keeps errors to say why a build failed."""
-
-    class Log(trt.ILogger):
-        def __init__(self) -> None:
-            super().__init__()
-            self.errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            name = severity.name
-            if name in ("ERROR", "INTERNAL_ERROR"):
-                self.errors.append(message)
-            if verbose or name != "VERBOSE":
-                answer("log", [name, message])
-
-    return Log()
+def _tell(answer: Answer, verbose: bool, severity: str, message: str) -> None:
+    """Forward a message of TensorRT's."""
+    if verbose or severity != "VERBOSE":
+        answer("log", [severity, message])
 
 
 def _monitor(trt: Any, answer: Answer, stop: threading.Event) -> Any:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle import Bundle
-from ..engines.dialects import DIALECTS
+from ..engines.dialects import DIALECTS, first_line, logger
 from ..engines.record import ENGINES, EngineSet, check_engine, engine_folders, read_set
 from ..errors import OneVisionError
 from .cuda import CudaDriver
@@ -30,7 +30,7 @@ class Engines:
     target: str | None = None
     verify: bool = False
     cuda_graphs: bool = True
-    _libraries: dict[str, Any] = field(default_factory=dict, repr=False)
+    _kept: list[Any] = field(default_factory=list, repr=False)  # what must outlive the engines
 
     def open(self, bundle: Bundle, part: str) -> EngineGraph:
         """A graph's engine, ready to run. Raises OneVisionError where it cannot run here, with what to do."""
@@ -78,20 +78,20 @@ class Engines:
 
     def library(self, kind: str) -> Any:
         """The module of TensorRT or TensorRT-RTX. Raises OneVisionError where it is not installed."""
-        if kind not in self._libraries:
-            self._libraries[kind] = DIALECTS[kind].load()
-        return self._libraries[kind]
+        return DIALECTS[kind].load()
 
     def deserialize(self, bundle: Bundle, part: str, path: Path, found: EngineSet) -> Any:
         """The engine in a file. Raises OneVisionError where TensorRT refuses it."""
         library = self.library(found.engine)
-        logger = _logger(library)
-        runtime = library.Runtime(logger)
+        log = logger(library, _log)
+        runtime = library.Runtime(log)
         with open(path, "rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as data:
             engine = runtime.deserialize_cuda_engine(data)
         if engine is None:
-            raise OneVisionError(f"{path}: {found.engine} {library.__version__} cannot load it: {logger.last}")
-        self._libraries[f"{found.engine} {part}"] = (logger, runtime)  # must outlive the engine
+            raise OneVisionError(
+                f"{path}: {found.engine} {library.__version__} cannot load it: {first_line(log.errors)}"
+            )
+        self._kept += [log, runtime]
         return engine
 
     def context(self, engine: Any, kind: str) -> Any:
@@ -104,17 +104,6 @@ class Engines:
         return engine.create_execution_context(config)
 
 
-def _logger(library: Any) -> Any:
-    """TensorRT's messages as Python's logging has them; the last error is kept."""
-
-    class Log(library.ILogger):
-        def __init__(self) -> None:
-            super().__init__()
-            self.last = "it does not say why"
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity.name in ("ERROR", "INTERNAL_ERROR"):
-                self.last = message
-            LOG.log(_LEVELS.get(severity.name, logging.DEBUG), "%s", message)
-
-    return Log()
+def _log(severity: str, message: str) -> None:
+    """TensorRT's messages as Python's logging has them."""
+    LOG.log(_LEVELS.get(severity, logging.DEBUG), "%s", message)

@@ -18,7 +18,7 @@ from ..engines.profiles import resized
 from ..errors import OneVisionError
 from ..precision import FLOAT_FORMATS, FloatFormat, float_format
 from .device import ALIGNMENT, DeviceArray, Driver, Staging
-from .stitching import EmbeddingTable, stitch_on_device
+from .stitching import OnDevice
 
 # By TensorRT's names. BF16 is held as its bits, as everywhere on the host.
 _DTYPES: dict[str, np.dtype] = {
@@ -48,7 +48,7 @@ class Tensor:
 Range = tuple[tuple[int, ...], tuple[int, ...]]  # least and most: of an input's dimensions, or of its values
 
 
-class EngineGraph:
+class EngineGraph(OnDevice):
     """One graph's engine, deserialised, with one execution context that its bindings share."""
 
     def __init__(
@@ -121,18 +121,6 @@ class EngineGraph:
         """Rows to read of a cache whose first `end` are valid: some more, so that shapes seldom change."""
         return min(math.ceil(end / _ROWS) * _ROWS, max_length, self.rows) if end <= self.rows else end
 
-    def empty(self, shape: tuple[int, ...]) -> DeviceArray:
-        """Device memory of floats in the graph's format."""
-        return DeviceArray.empty(self.driver, shape, self.fmt.numpy)
-
-    def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> DeviceArray:
-        """Zeroed device memory."""
-        return DeviceArray.zeros(self.driver, shape, dtype)
-
-    def stitch(self, table: EmbeddingTable, ids: np.ndarray, features: Mapping[int, DeviceArray]) -> DeviceArray:
-        """Embeddings of `ids` on the device, [tokens, D]: text rows come from the host, the others lie there."""
-        return stitch_on_device(self.driver, self.fmt.numpy, table, ids, features)
-
     def run(self, inputs: Mapping[str, np.ndarray]) -> list[DeviceArray]:
         """Run once on host arrays; returns the outputs in the graph's order, on the device."""
         binding = self.bind()
@@ -151,11 +139,12 @@ class EngineGraph:
     def execute(self, binding: "EngineBinding") -> None:
         """Run on what is bound and bring back what is wanted, one call at a time."""
         with self._lock:
-            self._prepare(binding)
-            state = (self._profile, *binding.state())
+            state = binding.state()
+            again = state == self._executed
+            if not again:
+                self._prepare(binding)
             started = self.driver.mark()
-            if state != self._executed:
-                self._executed, self._replay = None, None  # until it has run
+            if not again:
                 self._enqueue(binding)
                 self._executed = state
             elif self._replay is not None:
@@ -169,19 +158,17 @@ class EngineGraph:
     def shape_of(self, binding: "EngineBinding", name: str) -> tuple[int, ...]:
         """The shape that an output has for the inputs that are bound."""
         with self._lock:
-            self._executed = self._replay = None
             self._prepare(binding)
             return tuple(self.context.get_tensor_shape(name))
 
     def _prepare(self, binding: "EngineBinding") -> None:
-        """Give the context the profile, shapes and addresses of a binding, where it has others."""
+        """Give the context the profile, shapes and addresses of a binding; what it was run with counts no more."""
+        self._executed = self._replay = None
         profile = self._profile_for(binding)
         if profile != self._profile:
             self.context.set_optimization_profile_async(profile, self.driver.stream)
             self.driver.synchronize()
-            self._profile, self._executed, self._replay = profile, None, None
-        if (self._profile, *binding.state()) == self._executed:
-            return
+            self._profile = profile
         for name, shape in binding.shapes.items():
             if not self.context.set_input_shape(name, shape):
                 raise OneVisionError(f"{self.where} does not take a {name} of {list(shape)}")

@@ -14,7 +14,7 @@ from ..errors import OneVisionError
 from .backend import PROVIDERS, Binding, Graph, SessionOptions
 from .cuda import CudaDriver
 from .device import Borrowed, DeviceArray, Driver
-from .stitching import EmbeddingTable, stitch_on_device
+from .stitching import OnDevice
 
 _GPU_SCORES = 1 << 30  # attention scores of one call, where a kernel keeps them
 
@@ -25,7 +25,7 @@ def _cuda() -> CudaDriver:
     return CudaDriver()
 
 
-class ProviderGraph(Graph):
+class ProviderGraph(OnDevice, Graph):
     """One graph on one of ONNX Runtime's GPU providers. Its outputs stay on the GPU.
 
     driver, device: whose memory arrays lie in, and what ONNX Runtime calls it; None for the GPU's.
@@ -42,18 +42,6 @@ class ProviderGraph(Graph):
     def images_per_call(self, config: VisionConfig, size: tuple[int, int]) -> int:
         """As many images of a size as keep their attention scores bounded."""
         return max(1, _GPU_SCORES // (config.num_heads * (size[0] * size[1] + 1) ** 2))
-
-    def empty(self, shape: tuple[int, ...]) -> Any:
-        """Device memory of floats in the graph's format."""
-        return DeviceArray.empty(self.driver, shape, self.fmt.numpy)
-
-    def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
-        """Zeroed device memory."""
-        return DeviceArray.zeros(self.driver, shape, dtype)
-
-    def stitch(self, table: EmbeddingTable, ids: np.ndarray, features: Mapping[int, Any]) -> Any:
-        """Embeddings of `ids` on the device, [tokens, D]."""
-        return stitch_on_device(self.driver, self.fmt.numpy, table, ids, features)
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> list[Any]:
         """Run once on host arrays; returns the outputs in the graph's order, on the device."""

@@ -3,12 +3,13 @@
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ..bundle import TableSpec
 from ..errors import OneVisionError
-from ..precision import FLOAT_FORMATS
+from ..precision import FLOAT_FORMATS, FloatFormat
 from .device import DeviceArray, Driver
 
 
@@ -83,3 +84,22 @@ def stitch_on_device(
             used += nbytes
     driver.synchronize()  # the pinned rows go with this call
     return embeds
+
+
+class OnDevice:
+    """What graphs share that compute on a device: arrays in its memory, and embeddings stitched there."""
+
+    driver: Driver
+    fmt: FloatFormat
+
+    def empty(self, shape: tuple[int, ...]) -> Any:
+        """Device memory of floats in the graph's format."""
+        return DeviceArray.empty(self.driver, shape, self.fmt.numpy)
+
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> Any:
+        """Zeroed device memory."""
+        return DeviceArray.zeros(self.driver, shape, dtype)
+
+    def stitch(self, table: EmbeddingTable, ids: np.ndarray, features: Mapping[int, Any]) -> Any:
+        """Embeddings of `ids` on the device, [tokens, D]: text rows come from the host, the others lie there."""
+        return stitch_on_device(self.driver, self.fmt.numpy, table, ids, features)

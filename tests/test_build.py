@@ -16,16 +16,17 @@ import pytest
 from click.testing import CliRunner, Result
 
 import onevision_edge
-from onevision_edge.bundle import Bundle, Progress
+from onevision_edge.bundle import Bundle, Progress, file_sha256
 from onevision_edge.calibration.recipe import Methods
 from onevision_edge.cli import main
 from onevision_edge.engines import builder, process
 from onevision_edge.engines.builder import build, check_plan, plan_build
 from onevision_edge.engines.commands import SCRIPT
 from onevision_edge.engines.dialects import BuildOptions, pool_sizes
+from onevision_edge.engines.linears import plan_of
 from onevision_edge.engines.network import ParsedNetwork, check_network
 from onevision_edge.engines.process import run_worker
-from onevision_edge.engines.record import HEADER_SIZE, RECORD, check_engine, file_sha256, read_header, read_set
+from onevision_edge.engines.record import HEADER_SIZE, RECORD, check_engine, read_header, read_set
 from onevision_edge.engines.worker import Phases
 from onevision_edge.errors import OneVisionError
 from onevision_edge.precision.plan import Plan, Rule, default_plan
@@ -336,7 +337,9 @@ class Parsed:
 
     def check(self, spec: Any = None, config: Any = None, plan: Plan | None = None) -> None:
         parsed = ParsedNetwork(trt, self.network)
-        check_network(parsed, self.part, spec or self.spec, config or self.manifest.model, plan)
+        check_network(
+            parsed, self.part, spec or self.spec, config or self.manifest.model, plan or plan_of(self.manifest)
+        )
 
     def refused(self, **other: Any) -> str:
         with pytest.raises(OneVisionError) as refusal:
