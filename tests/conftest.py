@@ -91,6 +91,27 @@ def script() -> Callable[[str], ModuleType]:
     return loaded
 
 
+@pytest.fixture
+def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
+    """A file system of so much room, such as 200k."""
+    directory = tmp_path / "disk"
+
+    def mount(size: str) -> Path:
+        if os.geteuid() != 0:
+            pytest.skip("mounting a small file system needs root")
+        directory.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(directory)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            directory.rmdir()
+            pytest.skip(f"a small file system cannot be mounted here: {done.stderr.strip()}")
+        return directory
+
+    yield mount
+    if directory.exists():
+        subprocess.run(["umount", "-l", str(directory)], check=True)
+
+
 def tiny_config(**changes: Any) -> dict[str, Any]:
     """A config.json. A change is a key, with `text_config__` or `vision_config__` before it."""
     config: dict[str, Any] = {

@@ -9,9 +9,36 @@ import numpy as np
 import onnx
 from onnx import helper
 
+from onevision_edge.calibration.recipe import Methods
 from onevision_edge.engines.interpreter.network import Network
+from onevision_edge.precision.plan import Rule, default_plan
 
 OPSET = 24
+METHODS = Methods(smoothquant=False, awq=False, gptq=False)  # other numbers in the same graph, in a tenth of the time
+
+# All that can be asked of a graph: every precision in either graph, heads of three kinds, both caches.
+PLANS = {
+    "int8": default_plan("int8", vision="int8", kv_cache="int8"),
+    "int8-weight": default_plan("int8-weight", vision="int8-weight", lm_head="float"),
+    "int4": default_plan("int4", vision="int4", kv_cache="int8"),
+    "fp8": default_plan("fp8", vision="fp8", lm_head="fp8"),
+    "nvfp4": default_plan("nvfp4", vision="nvfp4"),
+    "float": default_plan("float", kv_cache="int8"),
+}
+# Linears that share an input but not its codes: each kind of codes is made once, by the first that wants it.
+PLANS["mixed"] = default_plan("fp8", vision="int4", kv_cache="int8").with_rules(
+    Rule("decoder", f"model.layers.*.{module}", precision)
+    for module, precision in (("k_proj", "int8"), ("v_proj", "int8"), ("o_proj", "nvfp4"), ("gate_proj", "int4"))
+)
+
+
+def token_rows(placeholder: int = 60) -> dict[str, np.ndarray]:
+    """Two rows of twelve tokens with an image of four each: the random checkpoint has no tokenizer."""
+    random = np.random.default_rng(0)
+    ids = random.integers(0, placeholder, (2, 12))
+    ids[:, 2:6] = placeholder
+    pixels = random.standard_normal((32, 588)).astype(np.float32)
+    return {"input_ids": ids, "pixel_values": pixels, "image_grid_thw": np.array([[1, 4, 4]] * 2)}
 
 
 def parsed(trt: Any, path: Path) -> SimpleNamespace:

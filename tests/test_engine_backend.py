@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import interpreting as shared
 import numpy as np
 import pytest
 from click.testing import CliRunner
@@ -20,7 +21,6 @@ from onevision_edge.bundle import Bundle
 from onevision_edge.cli import main
 from onevision_edge.engines.builder import build, plan_build
 from onevision_edge.engines.interpreter.context import Engine
-from onevision_edge.engines.interpreter.network import Network
 from onevision_edge.engines.profiles import Profile, inputs_of, part_profiles, profiles
 from onevision_edge.engines.record import EngineSet
 from onevision_edge.errors import OneVisionError
@@ -38,7 +38,6 @@ trt = pytest.importorskip(
 )
 
 DEMO = Path(onevision_edge.__file__).parent / "demo"
-LOGGER = trt.Logger(trt.Logger.ERROR)
 MAX_LENGTH = 512
 
 
@@ -92,12 +91,9 @@ class Interpreted:
 
     def open(self, bundle: Bundle, part: str) -> EngineGraph:
         spec = bundle.graph(part)
-        builder = trt.Builder(LOGGER)
-        network = builder.create_network(0)
-        parser = trt.OnnxParser(network, LOGGER)
-        assert parser.parse_from_file(str(bundle.path(spec.file)))
+        network = shared.parsed(trt, bundle.path(spec.file)).read
         chosen = profiles(bundle.manifest, **{"max_pixels": 512 * 512, "max_batch": 2, **self.limits})
-        engine = Engine(trt, Network.read(trt, network), [ranges(spec, p) for p in part_profiles(part, chosen)])
+        engine = Engine(trt, network, [ranges(spec, p) for p in part_profiles(part, chosen)])
         context = engine.create_execution_context()
         graph = EngineGraph(engine, spec, self.driver, f"the {part} engine", context, self.cuda_graphs)
         if part == "decoder" and self.cuda_graphs:

@@ -1,14 +1,13 @@
 """The network interpreter: what each layer type computes, on values where it matters, against ONNX Runtime."""
 
-import importlib.util
 import tracemalloc
 from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import interpreting as shared
 import ml_dtypes
 import numpy as np
 import onnxruntime as ort
@@ -28,16 +27,6 @@ trt = pytest.importorskip(
 )
 
 
-def _shared() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("interpreting", Path(__file__).parent / "interpreting.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-shared = _shared()
 node = shared.node
 F32, F16, BF16, I64 = np.float32, np.float16, ml_dtypes.bfloat16, np.int64
 RNG = np.random.default_rng(0)

@@ -3,12 +3,11 @@
 TensorRT parses the damaged graph, ONNX Runtime runs the sound one; in the first case the parser itself does the damage.
 """
 
-import importlib.util
 from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import interpreting as shared
 import ml_dtypes
 import numpy as np
 import onnx
@@ -27,16 +26,6 @@ trt = pytest.importorskip(
 )
 
 
-def _shared() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("interpreting", Path(__file__).parent / "interpreting.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-shared = _shared()
 node = shared.node
 RNG = np.random.default_rng(0)
 Damage = Callable[[onnx.GraphProto], None]

@@ -1,17 +1,14 @@
 """The interpreter behind the interface of a TensorRT engine, with host memory in the place of the device's."""
 
-import importlib.util
 import tracemalloc
 from collections.abc import Callable
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
+import interpreting as shared
 import numpy as np
 import pytest
 
 import onevision_edge
-from onevision_edge.calibration.recipe import Methods
 from onevision_edge.engines.interpreter.context import Engine, ExecutionContext
 from onevision_edge.engines.interpreter.interpreter import Interpreter
 from onevision_edge.errors import OneVisionError
@@ -23,16 +20,6 @@ trt = pytest.importorskip(
 )
 
 
-def _shared() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("interpreting", Path(__file__).parent / "interpreting.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-shared = _shared()
 MAX_LENGTH, STREAM = 32, 0
 
 
@@ -47,13 +34,13 @@ def networks(tiny: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory)
         bundle = root / dtype
         if dtype == "codes" and not bundle.exists():
             plan = default_plan("float", kv_cache="int8")
-            random = np.random.default_rng(0)
-            ids = random.integers(0, 60, (2, 12))
-            ids[:, 2:6] = 60
-            pixels = random.standard_normal((32, 588)).astype(np.float32)
-            np.savez(root / "rows.npz", input_ids=ids, pixel_values=pixels, image_grid_thw=np.array([[1, 4, 4]] * 2))
-            methods = Methods(smoothquant=False, awq=False, gptq=False)
-            options = {"methods": methods, "calibration": root / "rows.npz", "calibration_samples": 2, "threads": 1}
+            np.savez(root / "rows.npz", **shared.token_rows())
+            options = {
+                "methods": shared.METHODS,
+                "calibration": root / "rows.npz",
+                "calibration_samples": 2,
+                "threads": 1,
+            }
             onevision_edge.quantize(checkpoint, bundle, plan=plan, evaluate=False, max_length=MAX_LENGTH, **options)
         elif not bundle.exists():
             onevision_edge.export(checkpoint, bundle, dtype=dtype, max_length=MAX_LENGTH)

@@ -5,7 +5,6 @@ the runtime's own sessions, where the whole answer must. A session keeps float32
 and rounds x / scale to half where the interpreter does not, so the bounds there are what the format explains, not zero.
 """
 
-import importlib.util
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -13,16 +12,15 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import interpreting as shared
 import numpy as np
 import pytest
 
 import onevision_edge
 from onevision_edge.bundle import Bundle
-from onevision_edge.calibration.recipe import Methods
 from onevision_edge.engines.interpreter.compare import Comparison, compare
 from onevision_edge.engines.interpreter.interpreter import Interpreter
 from onevision_edge.engines.interpreter.network import Network
-from onevision_edge.precision.plan import Rule, default_plan
 from onevision_edge.runtime import backend
 from onevision_edge.runtime.backend import Graph, SessionOptions
 
@@ -32,31 +30,9 @@ trt = pytest.importorskip(
 )
 
 
-def _shared() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("interpreting", Path(__file__).parent / "interpreting.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-shared = _shared()
 GOLDEN = Path(__file__).parent / "data" / "golden"
 MAX_LENGTH = 64
-METHODS = Methods(smoothquant=False, awq=False, gptq=False)
-PLANS = {
-    "int8": default_plan("int8", vision="int8", kv_cache="int8"),
-    "int8-weight": default_plan("int8-weight", vision="int8-weight", lm_head="float"),
-    "int4": default_plan("int4", vision="int4", kv_cache="int8"),
-    "fp8": default_plan("fp8", vision="fp8", lm_head="fp8"),
-    "nvfp4": default_plan("nvfp4", vision="nvfp4"),
-    "float": default_plan("float", kv_cache="int8"),
-}
-PLANS["mixed"] = default_plan("fp8", vision="int4", kv_cache="int8").with_rules(
-    Rule("decoder", f"model.layers.*.{module}", precision)
-    for module, precision in (("k_proj", "int8"), ("v_proj", "int8"), ("o_proj", "nvfp4"), ("gate_proj", "int4"))
-)
+METHODS, PLANS = shared.METHODS, shared.PLANS
 FLOATS = ("fp32", "fp16", "bf16")
 QUANTIZED = [(precision, "fp16") for precision in PLANS] + [("int8", "fp32"), ("int4", "bf16"), ("fp8", "bf16")]
 CASES = [*((dtype, dtype) for dtype in FLOATS), *QUANTIZED]
@@ -79,11 +55,7 @@ def opened(tiny: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -
         text_config__intermediate_size=256,
     )
     checkpoint = made.write(root / "checkpoint")
-    random = np.random.default_rng(0)
-    ids = random.integers(0, 60, (2, 12))
-    ids[:, 2:6] = 60
-    pixels = random.standard_normal((32, 588)).astype(np.float32)
-    np.savez(root / "rows.npz", input_ids=ids, pixel_values=pixels, image_grid_thw=np.array([[1, 4, 4]] * 2))
+    np.savez(root / "rows.npz", **shared.token_rows())
     kept: dict[tuple[str, str, str], SimpleNamespace] = {}
 
     def bundle(precision: str, dtype: str) -> Path:

@@ -1,10 +1,9 @@
 """Quantisation from checkpoint to bundle: what the manifest says, measured again against the official recordings."""
 
-import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -416,14 +415,9 @@ print(peak() - before)
 
 
 @pytest.fixture(scope="module")
-def wide_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
+def wide_checkpoint(script: Callable[[str], ModuleType], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, int]:
     """A random checkpoint of 310 MB in FP32, the head a quarter of it, and a row; and its parameters' number."""
-    spec = importlib.util.spec_from_file_location("make_checkpoint", ROOT / "tools" / "make_checkpoint.py")
-    assert spec is not None
-    assert spec.loader is not None
-    tool = importlib.util.module_from_spec(spec)
-    sys.modules["make_checkpoint"] = tool
-    spec.loader.exec_module(tool)
+    tool = script("tools/make_checkpoint.py")
     config = json.loads((ROOT / "tests/data/golden/checkpoint/config.json").read_text())
     config["text_config"] |= {"hidden_size": 512, "intermediate_size": 1536, "vocab_size": 40_000}
     config["text_config"] |= {"num_hidden_layers": 12, "num_attention_heads": 8, "head_dim": 64}

@@ -4,15 +4,14 @@ Bundles made of it are compared with the model in numpy, in float64: weights rea
 hand, activations and caches rounded by hand.
 """
 
-import importlib.util
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+import numpy_model
 import onnx
 import pytest
 from onnx import numpy_helper
@@ -62,18 +61,6 @@ PLANS["mixed"] = Plan(
         Rule("*", "visual.merger.mlp.0", "fp8"),
     ),
 )
-
-
-def _numpy_model() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("numpy_model", Path(__file__).parent / "numpy_model.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-numpy_model = _numpy_model()
 
 
 @pytest.fixture(scope="module")

@@ -1,12 +1,11 @@
 """Stages and their taps against the same layers written in numpy, in float64."""
 
-import importlib.util
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
+import numpy_model
 import pytest
 
 from onevision_edge.calibration.stages import BLOCK, KEYS, LAYER, MERGER, STEM, VALUES, Kind, Stage
@@ -24,18 +23,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "grouped, with biases": {"text_config__num_key_value_heads": 1, "text_config__attention_bias": True},
     "one key head for each": {"text_config__num_key_value_heads": 4, "vision_config__hidden_act": "quick_gelu"},
 }
-
-
-def _numpy_model() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("numpy_model", Path(__file__).parent / "numpy_model.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-numpy_model = _numpy_model()
 
 
 class Model:

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import interpreting as shared
 import numpy as np
 import onnx
 import onnxruntime as ort
@@ -20,12 +21,11 @@ from safetensors import safe_open
 
 import onevision_edge
 from onevision_edge.bundle import Bundle
-from onevision_edge.calibration.recipe import Methods
 from onevision_edge.engines.network import ParsedNetwork, check_network
 from onevision_edge.engines.targets import check, target
 from onevision_edge.errors import OneVisionError
 from onevision_edge.precision.formats import FORMATS
-from onevision_edge.precision.plan import Plan, Precision, Rule, default_plan
+from onevision_edge.precision.plan import Plan, Precision, default_plan
 from onevision_edge.runtime import backend
 
 trt = pytest.importorskip(
@@ -36,22 +36,7 @@ trt = pytest.importorskip(
 PARTS = ("vision", "decoder")
 MAX_LENGTH = 256
 LOGGER = trt.Logger(trt.Logger.INTERNAL_ERROR)  # what is refused on purpose need not be told
-METHODS = Methods(smoothquant=False, awq=False, gptq=False)  # other numbers in the same graph, in a tenth of the time
-
-# All that can be asked of a graph: every precision in either graph, heads of three kinds, both caches.
-PLANS = {
-    "int8": default_plan("int8", vision="int8", kv_cache="int8"),
-    "int8-weight": default_plan("int8-weight", vision="int8-weight", lm_head="float"),
-    "int4": default_plan("int4", vision="int4", kv_cache="int8"),
-    "fp8": default_plan("fp8", vision="fp8", lm_head="fp8"),
-    "nvfp4": default_plan("nvfp4", vision="nvfp4"),
-    "float": default_plan("float", kv_cache="int8"),
-}
-# Linears that share an input but not its codes: each kind of codes is made once, by the first that wants it.
-PLANS["mixed"] = default_plan("fp8", vision="int4", kv_cache="int8").with_rules(
-    Rule("decoder", f"model.layers.*.{module}", precision)
-    for module, precision in (("k_proj", "int8"), ("v_proj", "int8"), ("o_proj", "nvfp4"), ("gate_proj", "int4"))
-)
+METHODS, PLANS = shared.METHODS, shared.PLANS
 PRECISIONS = ("int8", "int8-weight", "int4", "fp8", "nvfp4")
 HALF = [(c, p, "fp16") for c in ("demo", "real heads") for p in PRECISIONS]
 HALF += [("real heads", p, "fp16") for p in ("float", "mixed")]
@@ -80,19 +65,10 @@ def checkpoints(tiny: Callable[..., Any], tmp_path_factory: pytest.TempPathFacto
     return {"demo": demo, "real heads": real_heads.write(tmp_path_factory.mktemp("checkpoint"))}
 
 
-def token_rows(placeholder: int = 60) -> dict[str, np.ndarray]:
-    """Two rows of twelve tokens with an image of four each: the random checkpoint has no tokenizer."""
-    random = np.random.default_rng(0)
-    ids = random.integers(0, placeholder, (2, 12))
-    ids[:, 2:6] = placeholder
-    pixels = random.standard_normal((32, 588)).astype(np.float32)
-    return {"input_ids": ids, "pixel_values": pixels, "image_grid_thw": np.array([[1, 4, 4]] * 2)}
-
-
 @pytest.fixture(scope="module")
 def bundles(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Quantized:
     root = tmp_path_factory.mktemp("quantized")
-    np.savez(root / "rows.npz", **token_rows())
+    np.savez(root / "rows.npz", **shared.token_rows())
 
     def quantized(checkpoint: str, precision: str, dtype: str) -> Path:
         bundle = root / f"{checkpoint} {precision} {dtype}"
@@ -561,7 +537,7 @@ def exact_logits(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPath
     for name, checkpoint in checkpoints.items():
         bundle = tmp_path_factory.mktemp("exact") / "bundle"
         onevision_edge.export(checkpoint, bundle, dtype="fp32", max_length=MAX_LENGTH)
-        found[name] = onevision_edge.load(bundle, threads=1).logits(**token_rows(PLACEHOLDERS[name]))
+        found[name] = onevision_edge.load(bundle, threads=1).logits(**shared.token_rows(PLACEHOLDERS[name]))
     return found
 
 
@@ -571,7 +547,7 @@ def test_onnx_runtime_runs_it(
 ) -> None:
     """Both graphs, on ids and pixels at random: as far from full precision as rounding takes it, and no farther."""
     model = onevision_edge.load(bundles(checkpoint, precision, dtype), threads=1)
-    logits, exact = model.logits(**token_rows(PLACEHOLDERS[checkpoint])), exact_logits[checkpoint]
+    logits, exact = model.logits(**shared.token_rows(PLACEHOLDERS[checkpoint])), exact_logits[checkpoint]
     assert logits.shape == exact.shape
     distance = np.sqrt(np.square(logits - exact).mean() / np.square(exact).mean())
     assert 1e-3 < distance < 0.3  # 0.01 to 0.2 measured; of unrelated logits it would be 1.4
