@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 # As engines.dialects has them, which is heavier to import for --help.
 _ENGINES = ("tensorrt-rtx", "tensorrt")
 _VERBOSITIES = ("layer_names_only", "detailed", "none")
+_FLOATS = ("auto", "int8", "bf16", "fp32")
 _COMPATIBILITIES = ("ampere+", "sameComputeCapability")
 _OPTIONS = (
     "builderOptimizationLevel",
@@ -55,11 +56,21 @@ def _option(name: str, **settings: Any) -> Any:
 @_option("stripWeights", is_flag=True, help="Leave weights out, to be refitted from the graph (TensorRT).")
 @_option("weightStreaming", is_flag=True, help="Let weights stay on the host in part.")
 @_option("profilingVerbosity", type=click.Choice(_VERBOSITIES), help="What the engine tells of its layers.")
+@click.option(
+    "--floats",
+    type=click.Choice(_FLOATS),
+    default="auto",
+    show_default=True,
+    help="Of the cpu target: what products run in whose weights are stored as floats.",
+)
 @click.option("--adopt", is_flag=True, help="Build nothing: record what build-engines.sh has built here.")
 @click.option("--force", is_flag=True, help="Build although the estimate says that it does not fit.")
 @click.option("--overwrite", is_flag=True, help="Replace the target's engines if there are any.")
 @click.option(
-    "--check", is_flag=True, help="First run what TensorRT parsed on this CPU, layer by layer against ONNX Runtime."
+    "--check/--no-check",
+    default=None,
+    help="Compare with ONNX Runtime first: what TensorRT parsed, layer by layer, or the cpu engine's outputs.  "
+    "[default: the latter alone]",
 )
 @click.option("--dry-run", is_flag=True, help="Print the estimate and the commands, and stop.")
 @click.option("--verbose", is_flag=True, help="Pass TensorRT's messages on.")
@@ -72,7 +83,7 @@ def build(
     adopt: bool,
     force: bool,
     overwrite: bool,
-    check: bool,
+    check: bool | None,
     dry_run: bool,
     verbose: bool,
     as_json: bool,
@@ -82,7 +93,15 @@ def build(
 
     TensorRT-RTX does so on any machine, for GPUs from sm75 on but not for Jetson, Hopper and data-centre Blackwell.
     For those TensorRT builds on the device itself: build-engines.sh, written beside the engines, has the commands.
+
+    The cpu target packs the weights for this package's own kernels, which a C++ compiler makes at first use; it takes
+    --parts, --floats, --overwrite and --check alone, and runs of the bundle use it from then on.
     """
+    if _split(names) == ["cpu"]:
+        _build_cpu(bundle, _split(parts) if parts is not None else None, overwrite, as_json)
+        return
+    if options.pop("floats") != "auto":
+        raise click.UsageError("--floats belongs to the cpu target")
     from ..engines.builder import adopt as adopt_engines
     from ..engines.builder import build as build_engines
     from ..engines.builder import check_plan, plan_build
@@ -113,6 +132,48 @@ def build(
         _check(plan)
     record = build_engines(plan, overwrite=overwrite, phases=progress, verbose=verbose)
     _tell(plan, record, as_json)
+
+
+def _build_cpu(bundle: Path, parts: list[str] | None, overwrite: bool, as_json: bool) -> None:
+    """The cpu target, whose options are few. Raises UsageError for one of the others."""
+    from ..engines.cpu.build import build_cpu
+
+    context = click.get_current_context()
+    given = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if context.get_parameter_source(parameter.name or "") == click.core.ParameterSource.COMMANDLINE
+        and parameter.name not in _CPU_OPTIONS
+    ]
+    if given:
+        raise click.UsageError(
+            f"{', '.join(given)}: the cpu target takes --parts, --floats, --check and --overwrite alone"
+        )
+    record = build_cpu(
+        bundle,
+        parts=parts,
+        floats=context.params["floats"],
+        check=context.params["check"] is not False,
+        overwrite=overwrite,
+        phases=progress,
+    )
+    if as_json:
+        print_json(record.to_dict())
+        return
+    rows = [_cpu_row(part, one) for part, one in record.parts.items()]
+    say(table(rows, ("part", "size", "read per row", "float products", "differs by", "cosine", "time, plain graph's")))
+    say(f"wrote {bundle / 'engines' / 'cpu'}: {', '.join(record.parts)} for {record.machine['kernels']} kernels")
+
+
+def _cpu_row(part: str, one: Any) -> tuple[str, ...]:
+    found = sum(spec.size for spec in one.files.values())
+    check = one.check
+    compared = (f"{check['difference']:.2e}", f"{check['cosine']:.5f}") if check else ("not checked", "")
+    times = f"{1e3 * check['seconds']:.0f} ms, {1e3 * check['plain_seconds']:.0f} ms" if check else ""
+    return part, size(found), size(one.bytes_per_row), one.floats, *compared, times
+
+
+_CPU_OPTIONS = ("bundle", "names", "parts", "floats", "overwrite", "check", "as_json")
 
 
 def _tell(plan: "BuildPlan", record: "EngineSet | None", as_json: bool) -> None:

@@ -50,7 +50,9 @@ _OPTIONS = [
         help="Of ONNX Runtime, where it has it.",
     ),
     click.option(
-        "--engines", metavar="TARGET", help="Run TensorRT engines, as built for TARGET; auto: those for this GPU."
+        "--engines",
+        metavar="TARGET",
+        help="Run engines as built for TARGET; auto: those for this GPU; none: ONNX Runtime.  [default: cpu, if built]",
     ),
 ]
 
@@ -151,7 +153,8 @@ def _load(bundle: Path, options: dict[str, Any]) -> "Model":
     from ..runtime.model import load
 
     chosen = {name: options.pop(name) for name in _LOAD}
-    return load(bundle, **{**chosen, "engines": chosen["engines"] == "auto" or chosen["engines"] or False})
+    engines = {None: None, "auto": True, "none": False}.get(chosen["engines"], chosen["engines"])
+    return load(bundle, **{**chosen, "engines": engines})
 
 
 def _media(

@@ -96,7 +96,7 @@ def plan_build(
 def _target(name: str) -> Target:
     found = target(name)
     if found.capability is None:
-        raise OneVisionError("the cpu target has no engine to build: ONNX Runtime runs the bundle as it is")
+        raise OneVisionError("the cpu target is built alone, by --target cpu")
     return found
 
 

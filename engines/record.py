@@ -17,6 +17,7 @@ from .dialects import DIALECTS, RTX, version_numbers
 from .profiles import Profile
 
 ENGINES = "engines"  # the folder of a bundle
+CPU = "cpu"  # the folder there that holds no engines of TensorRT: see engines/cpu
 RECORD = "engine.json"
 FORMAT = "onevision-edge engines"
 FORMAT_VERSION = 1
@@ -110,8 +111,9 @@ def _engine_record(raw: Mapping[str, Any]) -> EngineRecord:
 
 
 def engine_folders(bundle: Bundle) -> list[Path]:
-    """The engine sets of a bundle, complete ones alone."""
-    return sorted(path.parent for path in (bundle.directory / ENGINES).glob(f"[!.]*/{RECORD}"))
+    """The engine sets of a bundle, complete ones alone, without the CPU's."""
+    folders = (path.parent for path in (bundle.directory / ENGINES).glob(f"[!.]*/{RECORD}"))
+    return sorted(folder for folder in folders if folder.name != CPU)
 
 
 def read_set(folder: Path) -> EngineSet:

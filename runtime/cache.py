@@ -9,18 +9,19 @@ from ..bundle import Bundle
 from ..config import TextConfig
 from ..errors import OneVisionError
 from .backend import Graph
+from .cpu_graph import CpuGraph
 from .device import DeviceArray
 from .engine_graph import EngineGraph
 
 
 class Backend(Protocol):
-    """What opens the graphs of a bundle to run: backend.SessionOptions on ONNX Runtime, engine_backend.Engines."""
+    """What opens the graphs of a bundle to run: SessionOptions on ONNX Runtime, Engines, CpuEngine."""
 
     def open(self, bundle: Bundle, part: str) -> "AnyGraph":
         """The vision or decoder graph, loaded. Raises OneVisionError."""
 
 
-AnyGraph = Graph | EngineGraph
+AnyGraph = Graph | CpuGraph | EngineGraph
 Rows = np.ndarray | DeviceArray  # where the graph computes
 
 

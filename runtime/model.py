@@ -9,9 +9,12 @@ from typing import Any
 import numpy as np
 
 from ..bundle import Bundle
+from ..engines.cpu.record import read_record
+from ..engines.record import CPU
 from ..errors import OneVisionError
 from .backend import SessionOptions
 from .cache import Backend, Rows
+from .cpu_engine import CpuEngine, CpuOrPlain
 from .generation import Running, Timings, TokenLogprob
 from .images import ImageProcessor
 from .prompts import Messages, image_processor, optional_tokenizer, token_prompt
@@ -142,26 +145,38 @@ def load(
     min_pixels: int | None = None,
     max_pixels: int | None = None,
     provider: str = "cpu",
-    engines: str | bool = False,
+    engines: str | bool | None = None,
 ) -> Model:
-    """Load a bundle to run on ONNX Runtime, by default on the CPU, or in TensorRT engines.
+    """Load a bundle to run in its engines, or on ONNX Runtime, by default on the CPU.
 
-    provider: of ONNX Runtime: cpu, cuda or tensorrt-rtx. engines: a target that `onevision-edge build` was run for, or
-    True for the one that this GPU runs; in place of ONNX Runtime, to which threads, prepack, exact and provider belong.
-    threads: None for one per physical core. prepack: copy the weights into the layout the kernels like best; else
-    they stay in the mapped file, which loads at once and takes half the memory; None: quantised ones alone. exact:
-    activations of weight-only products stay floats, as on other engines; ONNX Runtime rounds them to INT8
-    otherwise, which is several times faster. prefill_chunk: prompt tokens per decoder call. min_pixels,
-    max_pixels: limits images are resized to, in place of the checkpoint's. Raises OneVisionError.
+    engines: a target that `onevision-edge build` was run for, or True for the one that this GPU runs; None: the one
+    for the CPU where the bundle has it and this machine runs it, else, and for False, ONNX Runtime, to which prepack,
+    exact and provider belong. provider: cpu, cuda or tensorrt-rtx. threads: of the CPU, None for one per physical core.
+    prepack: copy the weights into the layout the kernels like best; else they stay in the mapped file, which loads
+    at once and takes half the memory; None: quantised ones alone. exact: activations of weight-only products stay
+    floats, as on other engines; ONNX Runtime rounds them to INT8 otherwise, which is several times faster.
+    prefill_chunk: prompt tokens per decoder call. min_pixels, max_pixels: limits images are resized to, in place of
+    the checkpoint's. Raises OneVisionError.
     """
-    backend: Backend = SessionOptions(threads=threads, prepack=prepack, exact=exact, provider=provider)
-    if engines:
-        if backend != SessionOptions():
-            raise OneVisionError("threads, prepack, exact and provider are ONNX Runtime's, engines have none of them")
-        from .engine_backend import Engines
+    opened = Bundle.open(bundle)
+    runtime = SessionOptions(threads=threads, prepack=prepack, exact=exact, provider=provider)
+    return Model(opened, _backend(opened, runtime, engines), prefill_chunk, min_pixels, max_pixels)
 
-        backend = Engines(None if engines is True else str(engines))
-    return Model(Bundle.open(bundle), backend, prefill_chunk, min_pixels, max_pixels)
+
+def _backend(bundle: Bundle, runtime: SessionOptions, engines: str | bool | None) -> Backend:
+    """What opens the graphs: engines as they were asked for, or ONNX Runtime."""
+    mine = runtime == SessionOptions(threads=runtime.threads)  # nothing that is ONNX Runtime's was asked for
+    if engines is False or (engines is None and not (mine and read_record(bundle))):
+        return runtime
+    if engines is None:
+        return CpuOrPlain(CpuEngine(runtime.threads), runtime)
+    if not mine or (engines != CPU and runtime.threads is not None):
+        raise OneVisionError("prepack, exact and provider are ONNX Runtime's, and threads the CPU's: engines have none")
+    if engines == CPU:
+        return CpuEngine(runtime.threads)
+    from .engine_backend import Engines
+
+    return Engines(None if engines is True else str(engines))
 
 
 def _advance(sequence: Running, decoder: StreamDecoder) -> str:

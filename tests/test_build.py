@@ -238,7 +238,7 @@ def test_a_dry_run_tells_what_does_not_fit(demo: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--target", "cpu"], "the cpu target has no engine to build"),
+        (["--target", "cpu,sm80"], "the cpu target is built alone"),
         (["--target", "v100"], "v100 (sm70) is not a target"),
         (["--target", "sm90", "--engine", "tensorrt-rtx"], "not for sm90: leave --engine out"),
         (["--target", "sm80", "--engine", "tensorrt"], "TensorRT is not installed: pip install tensorrt"),

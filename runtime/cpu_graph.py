@@ -1,0 +1,245 @@
+"""A graph that was built for the CPU, loaded: its program, its weights in a mapped file, the kernels that run it."""
+
+import ctypes
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..bundle import GraphSpec
+from ..config import VisionConfig, read_json
+from ..errors import OneVisionError
+from ..precision import FloatFormat, float32, float_format
+from .cpu_library import (
+    EPILOGUES,
+    KINDS,
+    OPS,
+    OWN_BUFFERS,
+    PROLOGUES,
+    WEIGHTS,
+    Call,
+    Pool,
+    Step,
+    pointers,
+)
+from .stitching import EmbeddingTable, stitch
+
+_KNOWN_BUFFERS = ("units", "scales", "sums", "queries", "query_scales", "query_sums")
+_NAMES = {"op": OPS, "kind": KINDS, "weights": WEIGHTS, "prologue": PROLOGUES, "epilogue": EPILOGUES}
+_ROWS_OF_TILE = 128
+_IMAGES_TOKENS = 1 << 14  # rows of one vision call
+
+
+class CpuGraph:
+    """A program and what it runs on. It takes what backend.Graph does, and its KV cache is of INT8 codes."""
+
+    def __init__(self, folder: Path, part: str, spec: GraphSpec, pool: Pool) -> None:
+        self.spec, self.pool = spec, pool
+        self.fmt: FloatFormat = float_format(spec.dtype)
+        path = folder / f"{part}.json"
+        try:
+            self._load(read_json(path), np.memmap(folder / f"{part}.weights", np.uint8, "r"))
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            raise OneVisionError(
+                f"{path} is not a program that this version reads ({error!r}): build it again"
+            ) from error
+        self._capacity: tuple[int, ...] = ()
+        self._arrays: list[np.ndarray] = []
+        self._scratch: np.ndarray | None = None
+
+    def _load(self, program: Mapping[str, Any], weights: np.ndarray) -> None:
+        self._weights = weights
+        self._sizes = {name: {int(k): int(v) for k, v in each.items()} for name, each in program["buffers"].items()}
+        named = [*_KNOWN_BUFFERS, *(name for name in self._sizes if name not in _KNOWN_BUFFERS)]
+        self._buffers = {name: i for i, name in enumerate(named)}
+        self.steps = [dict(step) for step in program["steps"]]
+        self._steps = (Step * len(self.steps))(*(self._step(step, len(weights)) for step in self.steps))
+        self._frequencies = np.array(program["frequencies"], np.float32)
+        self._class_angles = np.array(program["class_angles"], np.float32)
+        self.heads, self.kv_heads = int(program["heads"]), int(program["kv_heads"])
+        self.head_dim, self.layers = int(program["head_dim"]), int(program["layers"])
+
+    def _step(self, step: Mapping[str, Any], size: int) -> Step:
+        """A step as the kernels take it; places outside the weights are refused."""
+        found = Step(in_=-1, out=-1, w=-1, s=-1, b=-1)
+        for name, value in step.items():
+            if name in _NAMES:
+                value = _NAMES[name].index(value)
+            elif name in ("in_", "out"):
+                value = self._buffers[value]
+            elif name in ("w", "s", "b") and not 0 <= value < size:
+                raise ValueError(f"{name} is {value} in a file of {size} bytes")
+            elif name == "nbytes":
+                continue
+            setattr(found, name, value)
+        return found
+
+    cache_dtype = np.dtype(np.uint8)
+    tokens_per_call: int | None = None
+    logits_per_call: int | None = None
+    rows: int | None = None
+
+    def check_batch(self, batch: int) -> None:
+        """Any number of sequences will do."""
+
+    def images_per_call(self, config: VisionConfig, size: tuple[int, int]) -> int:
+        """Images of a size (rows and columns of patches) that share a call; any size will do."""
+        return max(1, _IMAGES_TOKENS // (size[0] * size[1] + 1))
+
+    def valid_length(self, end: int, max_length: int) -> int:
+        """Rows to read of a cache whose first `end` are valid."""
+        return end
+
+    def empty(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Memory of floats in the graph's format."""
+        return np.empty(shape, self.fmt.numpy)
+
+    def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """Keys or values of a cache of `shape` [batch, heads, rows, head_dim]: codes and, after a head's, their scales.
+
+        Rows are filled up to whole tiles. Pages are taken from the system when they are written.
+        """
+        batch, heads, rows, width = shape
+        return np.zeros((batch, heads, _whole_tiles(rows) * (width + 4)), dtype)
+
+    def stitch(self, table: EmbeddingTable, ids: np.ndarray, features: Mapping[int, np.ndarray]) -> np.ndarray:
+        """Embeddings of `ids`, as stitching.stitch makes them."""
+        return stitch(table, ids, features)
+
+    def bind(self) -> "CpuBinding":
+        """A binding to run the decoder on a cache."""
+        return CpuBinding(self)
+
+    def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        """The vision tower's image_embeds.
+
+        inputs: pixel_values [images, patches, patch_dim] and patch_positions [patches, 2].
+        """
+        pixels = float32(inputs["pixel_values"], self.fmt)
+        images, patches = pixels.shape[:2]
+        angles = inputs["patch_positions"].astype(np.float32)[:, :, None] * self._frequencies
+        angles = np.vstack([self._class_angles[None], angles.reshape(patches, -1)])
+        angles = np.tile(angles, (images, 1))
+        merged = self.spec.outputs[0].shape[-1]
+        tokens = images * patches // self._joined
+        output = np.empty((tokens, int(merged)), np.float32)
+        call = Call(sequences=images, tokens=patches + 1, capacity=_whole_tiles(patches + 1))
+        held = self._prepare(call, (images * patches, images * (patches + 1), tokens), angles, output)
+        self._array("input")[: pixels.size * 4].view(np.float32)[:] = pixels.reshape(-1)
+        starts = np.zeros(images, np.int64)
+        call.starts = starts.ctypes.data
+        block = self.kv_heads * call.capacity * (self.head_dim + 4)
+        if self._scratch is None or self._scratch.size < 2 * images * block:
+            self._scratch = np.zeros(2 * images * block, np.uint8)
+        caches = [pointers([self._scratch[i * images * block :]]) for i in (0, 1)]
+        call.keys, call.values = map(ctypes.addressof, caches)
+        self.execute(call)
+        del held
+        return [output.reshape(images, -1, int(merged)).astype(self.fmt.numpy, copy=False)]
+
+    @property
+    def _joined(self) -> int:
+        """Patches that make one token."""
+        step = next(step for step in self.steps if step.get("skip_first"))
+        return int(step["n"]) // int(step["k"])
+
+    def execute(self, call: Call, seconds: Any = None) -> None:
+        """Run all steps on a call that was prepared. seconds: c_double of each step, to add their times to."""
+        self.pool.run(self._steps, len(self._steps), call, seconds)
+
+    def _prepare(self, call: Call, counts: tuple[int, ...], angles: np.ndarray, output: np.ndarray) -> Any:
+        """Fill in what all calls have. Returns what must live as long as the call."""
+        self._grow(counts)
+        cosines, sines = np.cos(angles), np.sin(angles)
+        arrays = list(self._arrays)
+        arrays[self._buffers["output"]] = output
+        buffers = pointers(arrays)
+        for i, count in enumerate(counts):
+            call.counts[i] = count
+        call.cosines, call.sines = cosines.ctypes.data, sines.ctypes.data
+        call.file, call.buffers = self._weights.ctypes.data, ctypes.addressof(buffers)
+        return cosines, sines, buffers, output
+
+    def _grow(self, counts: tuple[int, ...]) -> None:
+        """Buffers for so many rows of each kind; memory that is never written is never taken."""
+        if self._capacity and all(new <= old for new, old in zip(counts, self._capacity, strict=True)):
+            return
+        self._capacity = tuple(map(max, counts, self._capacity or counts))
+        self._arrays = [np.empty(0, np.uint8)] * max(OWN_BUFFERS, len(self._buffers))
+        for name, index in self._buffers.items():
+            if name != "output":
+                sizes = self._sizes.get(name, {})
+                self._arrays[index] = _aligned(max((n * self._capacity[k] for k, n in sizes.items()), default=0))
+
+    def _array(self, buffer: str) -> np.ndarray:
+        return self._arrays[self._buffers[buffer]]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the buffers at the largest call so far."""
+        return sum(array.nbytes for array in self._arrays) + (self._scratch.nbytes if self._scratch is not None else 0)
+
+
+class CpuBinding:
+    """The decoder's program with a cache: takes what backend.Binding does."""
+
+    def __init__(self, graph: CpuGraph) -> None:
+        self.graph = graph
+        self._caches: dict[str, np.ndarray] = {}
+        self._inputs: dict[str, np.ndarray] = {}
+        self._output = np.empty(0, np.float32)
+        self._pointers: Any = None
+
+    def input(self, name: str, array: np.ndarray) -> None:
+        """Bind a contiguous array to an input."""
+        self._inputs[name] = array
+
+    def in_place(self, past: str, present: str, array: np.ndarray) -> None:
+        """Bind one contiguous array, made by the graph's `zeros`, to an input and to the output that updates it."""
+        self._caches[past] = array
+
+    def output(self, name: str, array: np.ndarray) -> None:
+        """Bind a contiguous array to receive the logits."""
+        self._output = array
+
+    def run(self) -> None:
+        """Run on what is bound."""
+        self.execute()
+
+    def execute(self, seconds: Any = None) -> None:
+        """Run, and add the times of the steps to `seconds` where it is given."""
+        graph = self.graph
+        embeds = self._inputs["inputs_embeds"]
+        batch, tokens = embeds.shape[:2]
+        starts = np.ascontiguousarray(self._inputs["write_indices"], np.int64)
+        rows = self._inputs["logits_indices"] + tokens * np.arange(batch)[:, None]
+        positions = self._inputs["position_ids"].reshape(-1, 1).astype(np.float32)
+        call = Call(sequences=batch, tokens=tokens, capacity=self._capacity())
+        held = graph._prepare(call, (batch * tokens, rows.size), positions * graph._frequencies, self._output)
+        stream = graph._array("stream")[: 4 * embeds.size].view(np.float32)
+        stream[:] = float32(embeds, graph.fmt).reshape(-1)
+        rows = np.ascontiguousarray(rows.reshape(-1), np.int64)
+        call.starts, call.indices = starts.ctypes.data, rows.ctypes.data
+        call.keys, call.values = map(ctypes.addressof, self._pointers)
+        graph.execute(call, seconds)
+        del held
+
+    def _capacity(self) -> int:
+        """Rows of a cache; its addresses are taken at the first call."""
+        if self._pointers is None:
+            layers = range(self.graph.layers)
+            keys, values = ([self._caches[f"past_{kind}.{i}"] for i in layers] for kind in ("key", "value"))
+            self._pointers = pointers(keys), pointers(values)
+        return int(self._caches["past_key.0"].shape[-1]) // (self.graph.head_dim + 4)
+
+
+def _whole_tiles(rows: int) -> int:
+    return -(-rows // _ROWS_OF_TILE) * _ROWS_OF_TILE
+
+
+def _aligned(nbytes: int) -> np.ndarray:
+    """Bytes at a vector's alignment."""
+    raw = np.empty(nbytes + 64, np.uint8)
+    start = -raw.ctypes.data % 64
+    return raw[start : start + nbytes]

@@ -1,0 +1,281 @@
+// Products of rows with packed weights. A panel has 32 columns; a unit of it is two vectors of 16 columns, four bytes
+// each: four unsigned codes, two BF16 values, or one float. Panels of 4-bit codes hold two units in the nibbles of one.
+#pragma once
+
+#include "rows.h"
+
+namespace ove {
+
+constexpr int PANEL = 32;
+constexpr int64_t FAR_ROWS = 256;  // of a product whose result leaves the caches before it is read
+constexpr int64_t UNIT = 128;  // bytes of a panel's unit
+
+// Adds the product of a block's rows with some groups of a panel, in 8-bit codes, to sums c [R][PANEL].
+template <int R>
+void codes_tile(const int32_t* x, const uint8_t* w, int64_t groups, int64_t group_units, int32_t zero, const float* xs,
+                const int32_t* sums, int64_t row_groups, const float* ws, int64_t ws_step, float* c) {
+    for (int64_t g = 0; g < groups; g++) {
+        vi acc[R][2];
+#pragma GCC unroll 12
+        for (int m = 0; m < R; m++) acc[m][0] = acc[m][1] = splat(-zero * sums[m * row_groups + g]);
+        for (int64_t u = 0; u < group_units; u++) {
+            vb w0 = load<vb>(w), w1 = load<vb>(w + 64);
+            w += UNIT;
+#pragma GCC unroll 12
+            for (int m = 0; m < R; m++) {
+                acc[m][0] = dot_u8(acc[m][0], w0, x[m]);
+                acc[m][1] = dot_u8(acc[m][1], w1, x[m]);
+            }
+            x += R;
+        }
+        vf s0 = load<vf>(ws), s1 = load<vf>(ws + LANES);
+        ws += ws_step;
+#pragma GCC unroll 12
+        for (int m = 0; m < R; m++) {
+            float scale = xs[m * row_groups + g];
+            float* to = c + m * PANEL;
+            store(to, load<vf>(to) + to_float(acc[m][0]) * scale * s0);
+            store(to + LANES, load<vf>(to + LANES) + to_float(acc[m][1]) * scale * s1);
+        }
+    }
+}
+
+// The same for few rows, straight from 4-bit codes.
+template <int R>
+void nibbles_tile(const int32_t* x, const uint8_t* w, int64_t groups, int64_t group_units, const float* xs,
+                  const int32_t* sums, int64_t row_groups, const float* ws, float* c) {
+    vf out[R][2];
+#pragma GCC unroll 4
+    for (int m = 0; m < R; m++) out[m][0] = out[m][1] = vf{};
+    for (int64_t g = 0; g < groups; g++) {
+        vi acc[R][4];
+#pragma GCC unroll 4
+        for (int m = 0; m < R; m++) {
+            acc[m][0] = acc[m][1] = splat(-8 * sums[m * row_groups + g]);
+            acc[m][2] = acc[m][3] = vi{};
+        }
+#pragma GCC unroll 2
+        for (int64_t u = 0; u < group_units; u += 2) {
+            __builtin_prefetch(w + 4096);
+            __builtin_prefetch(w + 4096 + 64);
+            vb w0 = load<vb>(w), w1 = load<vb>(w + 64);
+            w += UNIT;
+            vb h0 = (vb)((vu)w0 >> 4) & 15, h1 = (vb)((vu)w1 >> 4) & 15;
+            w0 &= 15;
+            w1 &= 15;
+#pragma GCC unroll 4
+            for (int m = 0; m < R; m++) {
+                acc[m][0] = dot_u4(acc[m][0], w0, x[m]);
+                acc[m][1] = dot_u4(acc[m][1], w1, x[m]);
+                acc[m][2] = dot_u4(acc[m][2], h0, x[R + m]);
+                acc[m][3] = dot_u4(acc[m][3], h1, x[R + m]);
+            }
+            x += 2 * R;
+        }
+        vf s0 = load<vf>(ws), s1 = load<vf>(ws + LANES);
+        ws += PANEL;
+#pragma GCC unroll 4
+        for (int m = 0; m < R; m++) {
+            float scale = xs[m * row_groups + g];
+            out[m][0] += to_float(acc[m][0] + acc[m][2]) * scale * s0;
+            out[m][1] += to_float(acc[m][1] + acc[m][3]) * scale * s1;
+        }
+    }
+#pragma GCC unroll 4
+    for (int m = 0; m < R; m++) {
+        store(c + m * PANEL, out[m][0]);
+        store(c + m * PANEL + LANES, out[m][1]);
+    }
+}
+
+// The same for floats: BF16 in pairs, or single.
+template <int R, bool PAIRED>
+void floats_tile(const int32_t* x, const uint8_t* w, int64_t count, float* c) {
+    vf acc[R][2];
+#pragma GCC unroll 12
+    for (int m = 0; m < R; m++) {
+        acc[m][0] = load<vf>(c + m * PANEL);
+        acc[m][1] = load<vf>(c + m * PANEL + LANES);
+    }
+    for (int64_t u = 0; u < count; u++) {
+        vi w0 = load<vi>(w), w1 = load<vi>(w + 64);
+        w += UNIT;
+#pragma GCC unroll 12
+        for (int m = 0; m < R; m++) {
+            if (PAIRED) {
+                acc[m][0] = dot_bf16(acc[m][0], w0, x[m]);
+                acc[m][1] = dot_bf16(acc[m][1], w1, x[m]);
+            } else {
+                float v;
+                std::memcpy(&v, x + m, 4);
+                acc[m][0] += (vf)w0 * v;
+                acc[m][1] += (vf)w1 * v;
+            }
+        }
+        x += R;
+    }
+#pragma GCC unroll 12
+    for (int m = 0; m < R; m++) {
+        store(c + m * PANEL, acc[m][0]);
+        store(c + m * PANEL + LANES, acc[m][1]);
+    }
+}
+
+// Two units of codes from each unit of nibbles.
+inline void unpack(const uint8_t* w, int64_t pairs, uint8_t* out) {
+    for (int64_t i = 0; i < pairs; i++, w += UNIT, out += 2 * UNIT)
+        for (int half = 0; half < UNIT; half += 64) {
+            vb both = load<vb>(w + half);
+            store(out + half, both & 15);
+            store(out + UNIT + half, (vb)((vu)both >> 4) & 15);
+        }
+}
+
+template <int E>
+inline vf finished(vf x) {
+    return E == GELU ? gelu(x) : E == GELU_TANH ? gelu_tanh(x) : E == QUICK_GELU ? quick_gelu(x) : x;
+}
+
+// far: past the caches, where they are too small for all that is written.
+inline void store_some(float* to, vf x, int64_t count, bool far = false) {
+    if (count < LANES)
+        std::memcpy(to, &x, count * sizeof(float));
+    else if (far && ((uintptr_t)to & 63) == 0)
+        stream(to, x);
+    else
+        store(to, x);
+}
+
+inline vf load_some(const float* from, int64_t count) {
+    vf x = {};
+    if (count >= LANES) return load<vf>(from);
+    std::memcpy(&x, from, count * sizeof(float));
+    return x;
+}
+
+// Writes the sums [rows, PANEL] of a panel where they belong, from row `start` on.
+template <int E>
+void write_rows(const Step& s, const Call& c, int64_t start, int64_t rows, int64_t panel, const float* sums) {
+    int64_t first = panel * (E == GATED ? LANES : PANEL), left = s.n - first;
+    float* out = (float*)c.buffers[s.out] + start * s.stride + s.column + first;
+    bool far = c.counts[s.rows] >= FAR_ROWS;
+    vf bias[2] = {};
+    if (s.b >= 0)
+        for (int z = 0; z < 2; z++) bias[z] = load<vf>((const float*)(c.file + s.b) + first + z * LANES);
+    for (int64_t m = 0; m < rows; m++, out += s.stride, sums += PANEL) {
+        vf low = load<vf>(sums), high = load<vf>(sums + LANES);
+        if (E == GATED) {
+            store_some(out, low * sigmoid(low) * high, left, far);
+            continue;
+        }
+        low = finished<E>(low + bias[0]);
+        if (E == ADD) low += load_some(out, left);
+        store_some(out, low, left, far && E != ADD);
+        if (left <= LANES) continue;
+        high = finished<E>(high + bias[1]);
+        if (E == ADD) high += load_some(out + LANES, left - LANES);
+        store_some(out + LANES, high, left - LANES, far && E != ADD);
+    }
+}
+
+inline void write(const Step& s, const Call& c, int64_t start, int64_t rows, int64_t panel, const float* sums) {
+    switch (s.epilogue) {
+        case ADD: return write_rows<ADD>(s, c, start, rows, panel, sums);
+        case GATED: return write_rows<GATED>(s, c, start, rows, panel, sums);
+        case GELU: return write_rows<GELU>(s, c, start, rows, panel, sums);
+        case GELU_TANH: return write_rows<GELU_TANH>(s, c, start, rows, panel, sums);
+        case QUICK_GELU: return write_rows<QUICK_GELU>(s, c, start, rows, panel, sums);
+        default: return write_rows<WRITE>(s, c, start, rows, panel, sums);
+    }
+}
+
+// Where a product's rows and weights lie.
+struct Operands {
+    const int32_t* units;
+    const float* scales;
+    const int32_t* sums;
+    const uint8_t* packed;      // the panel
+    const float* panel_scales;
+    int64_t width, groups;      // of a row: units, and groups of them with a scale each
+    int64_t group_units;
+    bool four;
+};
+
+inline Operands operands(const Step& s, const Call& c, int64_t panel) {
+    Operands o;
+    o.four = s.weights == CODES4;
+    o.width = units(s.kind, s.k);
+    o.groups = s.kind == INT8 ? s.k / s.group : 0;
+    o.group_units = s.group / 4;
+    o.units = (const int32_t*)c.buffers[UNITS];
+    o.scales = (const float*)c.buffers[SCALES];
+    o.sums = (const int32_t*)c.buffers[SUMS];
+    o.packed = c.file + s.w + panel * (o.width * UNIT >> o.four);
+    o.panel_scales = (const float*)(c.file + s.s) + panel * PANEL * (o.four ? o.groups : 1);
+    return o;
+}
+
+// Units first .. last of R rows from row `start` by a panel, added to sums. w: the panel at unit `first`, a byte a code.
+template <int R>
+void add_tile(const Step& s, const Operands& o, int64_t start, int64_t first, int64_t last, const uint8_t* w, float* sums) {
+    const int32_t* x = o.units + start * o.width + first * R;
+    if (s.weights == PAIRS) return floats_tile<R, true>(x, w, last - first, sums);
+    if (s.weights == FLOATS) return floats_tile<R, false>(x, w, last - first, sums);
+    int64_t g = first / o.group_units, place = start * o.groups + g;
+    const float* ws = o.panel_scales + (o.four ? g * PANEL : 0);
+    codes_tile<R>(x, w, (last - first) / o.group_units, o.group_units, o.four ? 8 : U8_ZERO, o.scales + place,
+                  o.sums + place, o.groups, ws, o.four ? PANEL : 0, sums);
+}
+
+using AddTile = void (*)(const Step&, const Operands&, int64_t, int64_t, int64_t, const uint8_t*, float*);
+
+inline AddTile tile_of(int64_t rows) {
+    static constexpr AddTile tiles[] = {
+        add_tile<1>, add_tile<2>,
+#if defined(__AVX512F__)
+        add_tile<3>, add_tile<4>, add_tile<5>, add_tile<6>, add_tile<7>,
+        add_tile<8>, add_tile<9>, add_tile<10>, add_tile<11>, add_tile<12>,
+#endif
+    };
+    return tiles[rows - 1];
+}
+
+inline void few_rows(const Operands& o, int64_t rows, float* sums) {
+    switch (rows) {
+        case 1: return nibbles_tile<1>(o.units, o.packed, o.groups, o.group_units, o.scales, o.sums, o.groups, o.panel_scales, sums);
+        case 2: return nibbles_tile<2>(o.units, o.packed, o.groups, o.group_units, o.scales, o.sums, o.groups, o.panel_scales, sums);
+        case 3: return nibbles_tile<3>(o.units, o.packed, o.groups, o.group_units, o.scales, o.sums, o.groups, o.panel_scales, sums);
+        default: return nibbles_tile<4>(o.units, o.packed, o.groups, o.group_units, o.scales, o.sums, o.groups, o.panel_scales, sums);
+    }
+}
+
+// One task: a panel for a stretch of blocks, `chunk` units of the panel at a time, which stay in the first cache while the
+// blocks pass by. sums: [rows of the stretch, PANEL]; room: for a chunk's codes, unpacked.
+inline void product_task(const Step& s, const Call& c, const Blocks& blocks, int64_t first, int64_t last, int64_t panel,
+                         int64_t chunk, float* sums, uint8_t* room) {
+    Operands o = operands(s, c, panel);
+    int64_t begin = blocks.start(first), rows = blocks.start(last) - begin;
+    if (o.four && blocks.count == 1 && rows <= 4) {
+        few_rows(o, rows, sums);
+    } else {
+        std::memset(sums, 0, rows * PANEL * sizeof(float));
+        for (int64_t from = 0; from < o.width; from += chunk) {
+            int64_t to = std::min(o.width, from + chunk);
+            const uint8_t* w = o.packed + from * UNIT;
+            if (o.four) {
+                unpack(o.packed + from * UNIT / 2, (to - from) / 2, room);
+                w = room;
+            }
+            for (int64_t block = first; block < last; block++) {
+                int64_t start = blocks.start(block), height = blocks.rows(block);
+                float* mine = sums + (start - begin) * PANEL;
+                tile_of(height)(s, o, start, from, to, w, mine);
+                if (to == o.width) write(s, c, start, height, panel, mine);
+            }
+        }
+        return;
+    }
+    write(s, c, begin, rows, panel, sums);
+}
+
+}  // namespace ove
