@@ -21,18 +21,27 @@ from .console import print_json, progress, size, table
 def inspect(bundle: Path, length: int | None, batch: int, image_size: str | None, as_json: bool) -> None:
     """Show what a bundle holds: model, graphs and their contracts, files, memory it will take."""
     from ..bundle import Bundle
+    from ..engines.cpu.record import read_record
     from ..engines.record import engine_folders, read_set
-    from ..runtime.memory import memory_plan
+    from ..runtime.memory import engine_memory_plan, memory_plan
 
     opened = Bundle.open(bundle)
     manifest = opened.manifest
     length = min(length or manifest.max_length, manifest.max_length)
-    plan = memory_plan(manifest, length, batch, _pixels(opened, image_size))
+    record, pixels = read_record(opened), _pixels(opened, image_size)
+    if record is not None:
+        from ..runtime import model  # noqa: F401 - the plan counts what it has loaded
+
+        plan = engine_memory_plan(opened, record, length, batch, pixels)
+    else:
+        plan = memory_plan(manifest, length, batch, pixels)
     sets = {folder.name: read_set(folder) for folder in engine_folders(opened)}
     if as_json:
         items = [{"name": item.name, "bytes": item.bytes, "note": item.note} for item in plan]
         memory = {"length": length, "batch": batch, "items": items}
         engines = {name: found.to_dict() for name, found in sets.items()}
+        if record is not None:
+            engines["cpu"] = record.to_dict()
         print_json({**manifest.to_dict(), "memory_plan": memory, "engines": engines})
         return
     click.echo(_model_text(manifest))
@@ -41,11 +50,12 @@ def inspect(bundle: Path, length: int | None, batch: int, image_size: str | None
     for name, graph in manifest.graphs.items():
         click.echo(f"\n{name}: {graph.file}, {graph.dtype}\n{_contract(graph)}")
     click.echo("\nFiles\n" + table([(n, size(f.size), f.sha256[:12]) for n, f in manifest.files.items()]))
-    if sets:
-        click.echo("\nEngines\n" + _engines_text(sets))
+    if sets or record is not None:
+        click.echo("\nEngines\n" + _engines_text(sets, record))
     rows = [(item.name, size(item.bytes), item.note) for item in plan]
     total = ("total", size(sum(item.bytes for item in plan)), "")
-    click.echo(f"\nMemory for {batch} x {length} tokens\n" + table([*rows, total]))
+    where = "in the cpu engine" if record is not None else "on ONNX Runtime"
+    click.echo(f"\nMemory for {batch} x {length} tokens {where}\n" + table([*rows, total]))
 
 
 @click.command()
@@ -104,9 +114,14 @@ def _quantization_text(manifest: Any) -> str:
     return "\n".join(lines)
 
 
-def _engines_text(sets: dict[str, Any]) -> str:
+def _engines_text(sets: dict[str, Any], record: Any) -> str:
     """A line for each engine: what built it, for what, and the most it takes."""
     rows = []
+    if record is not None:
+        for part, one in record.parts.items():
+            told = f"{size(one.bytes_per_row)} read for a row, floats in {one.floats}"
+            built = f"built with {record.machine['kernels']} kernels"
+            rows.append(("cpu", part, built, size(sum(f.size for f in one.files.values())), told))
     for name, found in sets.items():
         for part, engine in found.engines.items():
             dimensions = ("patches", "images") if part == "vision" else ("tokens", "batch", "length")

@@ -101,7 +101,7 @@ class CpuGraph:
         Rows are filled up to whole tiles. Pages are taken from the system when they are written.
         """
         batch, heads, rows, width = shape
-        return np.zeros((batch, heads, _whole_tiles(rows) * (width + 4)), dtype)
+        return np.zeros((batch, heads, whole_tiles(rows) * (width + 4)), dtype)
 
     def stitch(self, table: EmbeddingTable, ids: np.ndarray, features: Mapping[int, np.ndarray]) -> np.ndarray:
         """Embeddings of `ids`, as stitching.stitch makes them."""
@@ -124,7 +124,7 @@ class CpuGraph:
         merged = self.spec.outputs[0].shape[-1]
         tokens = images * patches // self._joined
         output = np.empty((tokens, int(merged)), np.float32)
-        call = Call(sequences=images, tokens=patches + 1, capacity=_whole_tiles(patches + 1))
+        call = Call(sequences=images, tokens=patches + 1, capacity=whole_tiles(patches + 1))
         held = self._prepare(call, (images * patches, images * (patches + 1), tokens), angles, output)
         self._array("input")[: pixels.size * 4].view(np.float32)[:] = pixels.reshape(-1)
         starts = np.zeros(images, np.int64)
@@ -234,7 +234,8 @@ class CpuBinding:
         return int(self._caches["past_key.0"].shape[-1]) // (self.graph.head_dim + 4)
 
 
-def _whole_tiles(rows: int) -> int:
+def whole_tiles(rows: int) -> int:
+    """Rows of a cache, filled up to what attention reads at a time."""
     return -(-rows // _ROWS_OF_TILE) * _ROWS_OF_TILE
 
 

@@ -1,11 +1,15 @@
-"""What a bundle needs in memory on ONNX Runtime's CPU provider, from its manifest alone."""
+"""What a bundle needs in memory on a CPU: on ONNX Runtime, from its manifest alone, or in its cpu engine."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from ..bundle import Manifest
-from ..config import VisionConfig
+from ..bundle import Bundle, Manifest
+from ..config import VisionConfig, read_json
+from ..engines.cpu.record import CpuRecord, folder_of
 from ..precision import float_format
+from .cpu_graph import whole_tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +41,41 @@ def memory_plan(manifest: Manifest, length: int, batch: int = 1, pixels: int = 0
     return items
 
 
+def engine_memory_plan(
+    bundle: Bundle, record: CpuRecord, length: int, batch: int = 1, pixels: int = 0, chunk: int = 512
+) -> list[MemoryItem]:
+    """The same for a bundle's cpu engine: what is resident once a prompt of `length` tokens and an image were run."""
+    manifest, items = bundle.manifest, []
+    resident = process_field("VmRSS")
+    if resident is not None:
+        items.append(MemoryItem("Python and libraries", resident, "as this process has them now"))
+    for part in record.parts:
+        program = read_json(folder_of(bundle) / f"{part}.json")
+        weights = record.parts[part].files[f"{part}.weights"].size
+        items.append(MemoryItem(f"{part} weights", weights, f"mapped from engines/cpu/{part}.weights"))
+        if part == "decoder":
+            per_token = 2 * program["layers"] * program["kv_heads"] * (program["head_dim"] + 4)
+            rows = batch * whole_tiles(length)
+            items.append(MemoryItem("KV cache", rows * per_token, f"{batch} x {length} tokens of {per_token} bytes"))
+            tokens = max(min(chunk, length), batch)
+            counts: tuple[int, ...] = (tokens, batch)
+            note = f"for {tokens} tokens a call"
+        else:
+            patches = pixels // manifest.model.vision.patch_size**2
+            counts = (patches, patches + 1, patches // manifest.model.vision.merge_unit)
+            note = f"for an image of {patches} patches, keys and values with them"
+        items.append(MemoryItem(f"{part} buffers", _buffer_bytes(program, part, counts), note))
+    return items
+
+
+def _buffer_bytes(program: Mapping[str, Any], part: str, counts: tuple[int, ...]) -> int:
+    """What a call with so many rows of each kind takes beside the cache."""
+    found = sum(max(n * counts[int(kind)] for kind, n in each.items()) for each in program["buffers"].values())
+    if part == "vision":  # keys and values of the block at work
+        found += 2 * program["kv_heads"] * whole_tiles(counts[1]) * (program["head_dim"] + 4)
+    return int(found)
+
+
 def _decoder_items(manifest: Manifest, length: int, batch: int, chunk: int) -> list[MemoryItem]:
     text = manifest.model.text
     cache = next(t.dtype for t in manifest.graphs["decoder"].inputs if t.name == "past_key.0")
@@ -66,8 +105,17 @@ def vision_attention_bytes(config: VisionConfig, patches: int) -> int:
 
 def memory_field(name: str) -> int | None:
     """MemTotal, MemAvailable or another field of /proc/meminfo in bytes; None where there is no such file."""
+    return _field(Path("/proc/meminfo"), name)
+
+
+def process_field(name: str) -> int | None:
+    """VmRSS, VmHWM or another field of this process in bytes; None where the system does not tell."""
+    return _field(Path("/proc/self/status"), name)
+
+
+def _field(path: Path, name: str) -> int | None:
     try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
+        lines = path.read_text().splitlines()
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":")), None)
