@@ -41,7 +41,8 @@ _FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_b
 @click.option("--json", "as_json", is_flag=True)
 def doctor(as_json: bool) -> None:
     """Say what this machine can do with this package, and what is missing."""
-    machine, abilities, warnings = machine_facts(), [_ability(*need) for need in _NEEDS], _warnings()
+    machine, warnings = machine_facts(), _warnings()
+    abilities = [*(_ability(*need) for need in _NEEDS), _kernels()]
     if as_json:
         print_json({"machine": machine, "abilities": [asdict(a) for a in abilities], "warnings": warnings})
         return
@@ -55,14 +56,15 @@ def machine_facts() -> dict[str, Any]:
     """Processor, memory, disk and accelerator of this machine; sizes in bytes."""
     from ..engines.gpu import compute_capability
     from ..runtime.memory import memory_field
+    from ..runtime.processor import cpu_flags, cpu_name
 
-    cpu = _cpu()
+    flags = cpu_flags()
     return {
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "python": platform.python_version(),
-        "cpu": cpu["model"],
+        "cpu": cpu_name(),
         "cores": len(os.sched_getaffinity(0)),
-        "cpu_features": [f for f in _FEATURES if f in cpu["flags"]],
+        "cpu_features": [f for f in _FEATURES if f in flags],
         "memory": memory_field("MemTotal") or 0,
         "memory_available": memory_field("MemAvailable") or 0,
         "disk_free": shutil.disk_usage(".").free,
@@ -112,17 +114,19 @@ def _warnings() -> list[str]:
     return warnings
 
 
-def _cpu() -> dict[str, Any]:
-    """Model name and feature flags, as Linux tells them."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return {"model": platform.processor() or "unknown", "flags": []}
-    fields = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in reversed(lines))}
-    return {
-        "model": fields.get("model name", platform.machine()),
-        "flags": (fields.get("flags") or fields.get("Features") or "").split(),
-    }
+def _kernels() -> Ability:
+    """Whether this package's own kernels are compiled for this CPU, or can be."""
+    from ..runtime.kernels import compiler, find, levels
+
+    name = "run cpu engines"
+    best = next(iter(levels()), None)
+    if best is None:
+        return Ability(name, False, f"there are no kernels for {platform.machine()}")
+    if find(best) is not None:
+        return Ability(name, True, f"{best.name} kernels, compiled")
+    if command := compiler():
+        return Ability(name, True, f"{best.name} kernels, compiled at first use by {command[0]}")
+    return Ability(name, False, "no C++ compiler: install one, or pip install 'onevision-edge[cpu]'")
 
 
 def _gpu() -> str | None:

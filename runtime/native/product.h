@@ -40,21 +40,18 @@ void codes_tile(const int32_t* x, const uint8_t* w, int64_t groups, int64_t grou
     }
 }
 
-// The same for few rows, straight from 4-bit codes.
+// The same for all groups of a panel, straight from 4-bit codes: for rows so few that they are not worth unpacking for.
 template <int R>
 void nibbles_tile(const int32_t* x, const uint8_t* w, int64_t groups, int64_t group_units, const float* xs,
                   const int32_t* sums, int64_t row_groups, const float* ws, float* c) {
-    vf out[R][2];
-#pragma GCC unroll 4
-    for (int m = 0; m < R; m++) out[m][0] = out[m][1] = vf{};
+    constexpr int CHAINS = R <= 2 ? 2 : 1;  // of sums, where they would wait for each other
     for (int64_t g = 0; g < groups; g++) {
-        vi acc[R][4];
-#pragma GCC unroll 4
+        vi acc[R][2 * CHAINS];
+#pragma GCC unroll 12
         for (int m = 0; m < R; m++) {
             acc[m][0] = acc[m][1] = splat(-8 * sums[m * row_groups + g]);
-            acc[m][2] = acc[m][3] = vi{};
+            if (CHAINS == 2) acc[m][CHAINS] = acc[m][CHAINS + 1] = vi{};
         }
-#pragma GCC unroll 2
         for (int64_t u = 0; u < group_units; u += 2) {
             __builtin_prefetch(w + 4096);
             __builtin_prefetch(w + 4096 + 64);
@@ -63,28 +60,26 @@ void nibbles_tile(const int32_t* x, const uint8_t* w, int64_t groups, int64_t gr
             vb h0 = (vb)((vu)w0 >> 4) & 15, h1 = (vb)((vu)w1 >> 4) & 15;
             w0 &= 15;
             w1 &= 15;
-#pragma GCC unroll 4
+#pragma GCC unroll 12
             for (int m = 0; m < R; m++) {
                 acc[m][0] = dot_u4(acc[m][0], w0, x[m]);
                 acc[m][1] = dot_u4(acc[m][1], w1, x[m]);
-                acc[m][2] = dot_u4(acc[m][2], h0, x[R + m]);
-                acc[m][3] = dot_u4(acc[m][3], h1, x[R + m]);
+                acc[m][2 * CHAINS - 2] = dot_u4(acc[m][2 * CHAINS - 2], h0, x[R + m]);
+                acc[m][2 * CHAINS - 1] = dot_u4(acc[m][2 * CHAINS - 1], h1, x[R + m]);
             }
             x += 2 * R;
         }
         vf s0 = load<vf>(ws), s1 = load<vf>(ws + LANES);
         ws += PANEL;
-#pragma GCC unroll 4
+#pragma GCC unroll 12
         for (int m = 0; m < R; m++) {
             float scale = xs[m * row_groups + g];
-            out[m][0] += to_float(acc[m][0] + acc[m][2]) * scale * s0;
-            out[m][1] += to_float(acc[m][1] + acc[m][3]) * scale * s1;
+            float* to = c + m * PANEL;
+            vi low = acc[m][0], high = acc[m][1];
+            if (CHAINS == 2) low += acc[m][CHAINS], high += acc[m][CHAINS + 1];
+            store(to, load<vf>(to) + to_float(low) * scale * s0);
+            store(to + LANES, load<vf>(to + LANES) + to_float(high) * scale * s1);
         }
-    }
-#pragma GCC unroll 4
-    for (int m = 0; m < R; m++) {
-        store(c + m * PANEL, out[m][0]);
-        store(c + m * PANEL + LANES, out[m][1]);
     }
 }
 
@@ -240,13 +235,23 @@ inline AddTile tile_of(int64_t rows) {
     return tiles[rows - 1];
 }
 
-inline void few_rows(const Operands& o, int64_t rows, float* sums) {
-    switch (rows) {
-        case 1: return nibbles_tile<1>(o.units, o.packed, o.groups, o.group_units, o.scales, o.sums, o.groups, o.panel_scales, sums);
-        case 2: return nibbles_tile<2>(o.units, o.packed, o.groups, o.group_units, o.scales, o.sums, o.groups, o.panel_scales, sums);
-        case 3: return nibbles_tile<3>(o.units, o.packed, o.groups, o.group_units, o.scales, o.sums, o.groups, o.panel_scales, sums);
-        default: return nibbles_tile<4>(o.units, o.packed, o.groups, o.group_units, o.scales, o.sums, o.groups, o.panel_scales, sums);
-    }
+// One block of rows and a whole panel of 4-bit codes, added to sums.
+template <int R>
+void add_nibbles(const Operands& o, float* sums) {
+    nibbles_tile<R>(o.units, o.packed, o.groups, o.group_units, o.scales, o.sums, o.groups, o.panel_scales, sums);
+}
+
+using AddNibbles = void (*)(const Operands&, float*);
+
+inline AddNibbles nibbles_of(int64_t rows) {
+    static constexpr AddNibbles tiles[] = {
+        add_nibbles<1>, add_nibbles<2>,
+#if defined(__AVX512F__)
+        add_nibbles<3>, add_nibbles<4>, add_nibbles<5>, add_nibbles<6>, add_nibbles<7>,
+        add_nibbles<8>, add_nibbles<9>, add_nibbles<10>, add_nibbles<11>, add_nibbles<12>,
+#endif
+    };
+    return tiles[rows - 1];
 }
 
 // One task: a panel for a stretch of blocks, `chunk` units of the panel at a time, which stay in the first cache while the
@@ -255,10 +260,10 @@ inline void product_task(const Step& s, const Call& c, const Blocks& blocks, int
                          int64_t chunk, float* sums, uint8_t* room) {
     Operands o = operands(s, c, panel);
     int64_t begin = blocks.start(first), rows = blocks.start(last) - begin;
-    if (o.four && blocks.count == 1 && rows <= 4) {
-        few_rows(o, rows, sums);
+    std::memset(sums, 0, rows * PANEL * sizeof(float));
+    if (o.four && blocks.count == 1) {
+        nibbles_of(rows)(o, sums);
     } else {
-        std::memset(sums, 0, rows * PANEL * sizeof(float));
         for (int64_t from = 0; from < o.width; from += chunk) {
             int64_t to = std::min(o.width, from + chunk);
             const uint8_t* w = o.packed + from * UNIT;
