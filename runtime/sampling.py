@@ -56,8 +56,9 @@ _ALLOWED: dict[str, tuple[Callable[[Any], Any], Callable[[Any], bool], str]] = {
     "frequency_penalty": (_number, lambda v: -2 <= v <= 2, "a number from -2 to 2 (0 is off)"),
     "seed": (_integer, lambda v: 0 <= v < 2**64, "a whole number from 0 to 2**64 - 1, or None"),
     "logprobs": (_integer, lambda v: v >= 0, "a whole number from 0, or None"),
+    "speculate": (_integer, lambda v: v >= 0, "a whole number from 0 (off), or None"),
 }
-_OPTIONAL = ("seed", "logprobs")
+_OPTIONAL = ("seed", "logprobs", "speculate")
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +67,9 @@ class SamplingParams:
 
     `temperature` 0 is greedy. `top_k` keeps every token that ties with the k-th, as Hugging Face does.
     `logprobs` asks for that many alternatives beside the chosen token's own (0: its own only). `stop` takes
-    one string or several. Raises OneVisionError naming the field, the value given and the allowed ones.
+    one string or several. `speculate`: at most so many tokens are drafted from the text so far for one call
+    to verify (speculation.py), 0: none, None: as many as pay by the times and successes of the calls before.
+    Raises OneVisionError naming the field, the value given and the allowed ones.
     """
 
     max_tokens: int = 512
@@ -81,6 +84,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     logprobs: int | None = None
     ignore_eos: bool = False
+    speculate: int | None = None
 
     def __post_init__(self) -> None:
         for name in _ALLOWED:
