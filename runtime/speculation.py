@@ -10,15 +10,18 @@ normalised. The same random numbers are drawn for the same tokens, so that a see
 without. What may differ is the last bit of a logit, where an engine's kernels for one row and for several round apart.
 """
 
+from collections import defaultdict, deque
 from collections.abc import Collection, Sequence
+from statistics import median_low
 from typing import NamedTuple
 
 import numpy as np
 
-_LONGEST, _SHORTEST = 4, 2  # tokens that must match
+_LONGEST, _SHORTEST = 8, 2  # tokens that must match; of longer matches more comes true
 # Tokens of a verifying call, shorter drafts padded: few sizes, so that the time of each is known, and none of 2 or 3.
 # ONNX Runtime 1.25 takes 64 ms for 2 rows where 1 takes 25, 4 take 30 and 16 take 41 (FP32, 2 cores).
 _SIZES = (4, 8, 16)
+_TIMED = 7  # calls of a size whose median time counts: other work on the machine comes and goes
 _MEMORY = 6.0  # verified tokens that the chance of the next is judged by
 _CREDIT = 2.0  # the most decode steps that drafts may lose before they have won any
 _ALLOWANCE = 0.01  # of a step's time, earned by each step for drafts that may fail
@@ -76,15 +79,15 @@ class Drafting:
     """
 
     def __init__(self) -> None:
-        self._step = 0.0  # seconds of a plain step
-        self._costs: dict[int, float] = {}  # of calls, in plain steps, by their tokens
+        self._steps = deque[float](maxlen=_TIMED)  # seconds of plain ones
+        self._calls = defaultdict[int, deque[float]](lambda: deque(maxlen=_TIMED))  # in plain steps, by their tokens
         # Tokens that were right, of those that were verified, by the length of the match.
         self._right = {n: (1.2, 2.0) for n in range(_SHORTEST, _LONGEST + 1)}
         self._credit = _CREDIT
 
     def size(self, matches: Sequence[Match], sequences: int, most: int) -> int:
         """Tokens of the next call of `sequences`, some of which have a match; at most `most`. 1: without drafts."""
-        sizes = [size for size in _SIZES if size <= most] if matches and self._step else []
+        sizes = [size for size in _SIZES if size <= most] if matches and self._steps else []
         if not sizes or self._credit <= 0:
             return 1
         best = max(sizes, key=lambda size: self._gain(matches, sequences, size))
@@ -94,18 +97,18 @@ class Drafting:
 
     def stepped(self, seconds: float) -> None:
         """Learn from a call without drafts."""
-        self._step = _towards(self._step, seconds)
+        self._steps.append(seconds)
         self._credit = min(self._credit + _ALLOWANCE, _CREDIT)
 
     def verified(self, size: int, seconds: float, sequences: int, outcomes: Sequence[tuple[Match, int, int]]) -> None:
         """Learn from a call of `size` tokens. outcomes: drafts by their match, tokens right and tokens looked at."""
-        if not self._step:
+        if not self._steps:
             return
-        self._costs[size] = _towards(self._costs.get(size, 0.0), seconds / self._step)
+        self._calls[size].append(seconds / median_low(self._steps))
         for match, right, tried in outcomes:
             if tried:
                 self._right[match.length] = _remembered(*self._right[match.length], right, tried)
-        won = sum(right for _, right, _ in outcomes) / sequences + 1 - self._costs[size]
+        won = sum(right for _, right, _ in outcomes) / sequences + 1 - self._cost(size)
         self._credit = min(self._credit + won, _CREDIT)
 
     def _gain(self, matches: Sequence[Match], sequences: int, size: int) -> float:
@@ -116,12 +119,7 @@ class Drafting:
 
     def _cost(self, size: int) -> float:
         """In plain steps: as measured, or hoped where it was not yet."""
-        return self._costs.get(size, 1 + size / 64)
-
-
-def _towards(known: float, found: float) -> float:
-    """A time after one more measurement: other work makes a call slower, never faster."""
-    return found if not known or found < known else known + (found - known) / 4
+        return median_low(calls) if (calls := self._calls[size]) else 1 + size / 64
 
 
 def _remembered(rights: float, trials: float, right: int, tried: int) -> tuple[float, float]:
