@@ -16,8 +16,8 @@ without, in turns, and the fastest of each counts, since other work makes a deco
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import click
 import numpy as np
@@ -79,7 +79,9 @@ def texts(bundle: Path, count: int) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     }
 
 
-def say(model: onevision_edge.Model, ids: np.ndarray, script: np.ndarray, speculate: int | None) -> tuple[Running, float]:
+def say(
+    model: onevision_edge.Model, ids: np.ndarray, script: np.ndarray, speculate: int | None
+) -> tuple[Running, float]:
     """The sequence, which says the script, and the seconds that its tokens after the first took."""
     vocabulary = min(model.config.text.vocab_size, *model._media_ids.values())
     (prompt,) = model._embed([ids % vocabulary], NO_MEDIA)
@@ -115,9 +117,8 @@ def main(bundle: Path, tokens: int, rounds: int, threads: int | None) -> None:
     for name, (prompt, answer) in texts(bundle, tokens).items():
         model._drafting.clear()
         say(model, prompt, answer[:8], 0)
-        run: Any = lambda n, prompt=prompt, answer=answer: say(model, prompt, answer, n)
         with misleading() if name == "misleading" else nullcontext():
-            rows.append((name, *compare(run, rounds)))
+            rows.append((name, *compare(partial(say, model, prompt, answer), rounds)))
     click.echo(table(rows, ("text", "ms/token", "with drafts", "change", "drafts right")))
 
 

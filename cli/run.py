@@ -203,13 +203,13 @@ def _read_line() -> str | None:
 def _say_timings(answer: "Generation") -> None:
     t, later = answer.timings, len(answer.token_ids) - 1
     rate = f", {later / t.decode:.1f} tokens/s" if later > 0 and t.decode else ""
-    rate += f" ({answer.accepted_tokens} of {answer.drafted_tokens} drafted ones right)" if answer.drafted_tokens else ""
+    drafts = f" ({answer.accepted_tokens} of {answer.drafted_tokens} drafted right)" if answer.drafted_tokens else ""
     cached = f", {answer.cached_tokens} cached" if answer.cached_tokens else ""
     say(
         f"{answer.prompt_tokens} prompt tokens ({answer.image_tokens} of images{cached}), "
         f"{len(answer.token_ids)} generated; "
         f"first token after {t.time_to_first_token:.2f} s (image {t.preprocess + t.vision_encoding:.2f} s, "
-        f"prefill {t.prefill:.2f} s){rate}"
+        f"prefill {t.prefill:.2f} s){rate}{drafts}"
     )
 
 

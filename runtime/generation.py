@@ -9,7 +9,7 @@ from time import perf_counter
 
 import numpy as np
 
-from .cache import Decoder, Rows
+from .cache import Rows
 from .prefix import HeldCache, Keys, shared, text_keys
 from .sampling import Sampled, Sampler, SamplingParams
 from .speculation import Drafting, Lookup, Match

@@ -11,10 +11,10 @@ import numpy as np
 def image_digest(pixel_rows: np.ndarray, size: tuple[int, int]) -> bytes:
     """16 bytes that tell an image by its pixel rows, in the graph's format, and its size in patches.
 
-    1 megapixel in float32, 12 MB: 7 ms.
+    1 megapixel in float32, 12 MB: 10 ms.
     """
-    digest = hashlib.sha256(np.array(size, np.int64))
-    digest.update(np.ascontiguousarray(pixel_rows).reshape(-1).view(np.uint8))
+    digest = hashlib.sha256(repr(size).encode())
+    digest.update(np.ascontiguousarray(pixel_rows).reshape(-1).view(np.uint8).data)
     return digest.digest()[:16]
 
 

@@ -6,8 +6,6 @@ from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
-import numpy as np
-
 from ..bundle import Bundle
 from ..errors import OneVisionError
 from .backend import SessionOptions
@@ -137,8 +135,8 @@ class Model(TokenModel):
         timings.vision_encoding, started = perf_counter() - started, perf_counter()
         stitched = self._stitched(prompt.ids, features)
         timings.prepare_embeddings = perf_counter() - started
-        tokens, cached = (sum(counts) for counts in zip(*((len(f.keys), f.cached) for f in features.values())))
-        return _Prepared(stitched, tokens, cached, timings)
+        found = features.values()
+        return _Prepared(stitched, sum(len(f.keys) for f in found), sum(f.cached for f in found), timings)
 
     def _require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

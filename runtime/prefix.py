@@ -37,7 +37,7 @@ def shared(one: Keys, other: Keys) -> int:
     return int(apart[0]) if len(apart) else count
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class HeldCache:
     """A cache's decoder, and one for each of its sequences if they are several; keys of the rows that each holds."""
 

@@ -82,7 +82,7 @@ class Drafting:
         self._steps = deque[float](maxlen=_TIMED)  # seconds of plain ones
         self._calls = defaultdict[int, deque[float]](lambda: deque(maxlen=_TIMED))  # in plain steps, by their tokens
         # Tokens that were right, of those that were verified, by the length of the match.
-        self._right = {n: (1.2, 2.0) for n in range(_SHORTEST, _LONGEST + 1)}
+        self._right = dict.fromkeys(range(_SHORTEST, _LONGEST + 1), (1.2, 2.0))
         self._credit = _CREDIT
 
     def size(self, matches: Sequence[Match], sequences: int, most: int) -> int:

@@ -209,7 +209,7 @@ class TokenModel:
 
     @contextmanager
     def _loop(self, batch: int, chunk: int | None = None, prompts: Sequence[Keys] = ()) -> Iterator[Loop]:
-        """A loop over a cache of `batch` sequences that nobody else uses meanwhile, best one that begins as `prompts`."""
+        """A loop over a cache of `batch` sequences that nobody else uses meanwhile: one that begins as `prompts` do."""
         chunk = self.prefill_chunk if chunk is None else _checked("prefill_chunk", chunk, 1)
         graph = self._decoder_graph()
         assert self._table is not None
