@@ -215,7 +215,7 @@ class Loop:
             tokens[i, : len(drafted) + 1] = [sequence.last, *drafted]
             sequence.cached = min(sequence.position, self._rows - size, sequence.cached)
         starts = np.array([min(sequence.position, self._rows - size) for sequence in batch], np.int64)
-        rows = np.tile(np.arange(size), (len(batch), 1))
+        rows = np.zeros_like(tokens) + np.arange(size)
         return self.decoder(self.table[tokens], starts, rows)
 
     def _learn(self, size: int, seconds: float, sequences: int, drafts: dict[int, Draft]) -> None:

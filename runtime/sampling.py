@@ -147,6 +147,7 @@ class Sampler:
         self.vocab_size = vocab_size
         self._random = np.random.Generator(np.random.PCG64(params.seed))
         self._suppress = self._inside(suppress)
+        self._never = frozenset(self._suppress.tolist())
         self._seen = self._inside(prompt_ids)  # distinct ids of prompt and answer
         self._said = self._inside(())  # distinct ids of the answer
         self._counts = np.zeros(vocab_size if params.penalised else 0, np.int32)  # of the answer
@@ -166,7 +167,7 @@ class Sampler:
         greedy = self.params.temperature == 0
         if self.params.logprobs is None and not self.params.penalised:
             token = int(logits.argmax())  # argmax stops at a NaN, so looking at the winner finds any
-            if token not in self._suppress:
+            if token not in self._never:
                 peak = _check_peak(logits[token])
                 return Sampled(token if greedy else self._draw(logits, peak))
         return self._sample_slowly(logits, greedy)
