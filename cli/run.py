@@ -46,7 +46,7 @@ _OPTIONS = [
         default=256,
         show_default=True,
         metavar="MB",
-        help="Keep so much of the embeddings of images, for when they are seen again; 0: none.",
+        help="Keep so much of what was made of images, for when they are seen again; 0: none.",
     ),
     click.option(
         "--prefix-caches",

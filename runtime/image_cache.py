@@ -1,4 +1,4 @@
-"""Embeddings of images that were seen before, by their pixels."""
+"""What was made of images that were seen before: patches of their files' bytes, embeddings of their pixels."""
 
 import hashlib
 import threading
@@ -19,7 +19,7 @@ def image_digest(pixel_rows: np.ndarray, size: tuple[int, int]) -> bytes:
 
 
 class ImageCache:
-    """The embeddings that were wanted last, as many as fit `budget` bytes, where the graphs compute."""
+    """Arrays by digest, those that were wanted last, as many as fit `budget` bytes, wherever they lie."""
 
     def __init__(self, budget: int) -> None:
         self.budget, self.nbytes = budget, 0
@@ -30,14 +30,14 @@ class ImageCache:
         return len(self._rows)
 
     def get(self, digest: bytes) -> Any:
-        """Embeddings [tokens, D], or None."""
+        """The array, or None."""
         with self._lock:
             if digest in self._rows:
                 self._rows.move_to_end(digest)
             return self._rows.get(digest)
 
     def put(self, digest: bytes, rows: Any) -> None:
-        """Keep embeddings, which nobody changes from now on, in the place of those that were not wanted for longest."""
+        """Keep an array, which nobody changes from now on, in the place of those that were not wanted for longest."""
         if rows.nbytes > self.budget:
             return
         with self._lock:

@@ -127,7 +127,7 @@ class Model(TokenModel):
 
     def _prepare(self, messages: Messages, tokenizer: Tokenizer, processor: ImageProcessor) -> _Prepared:
         timings, started = Timings(), perf_counter()
-        prompt = token_prompt(messages, self.config, tokenizer, processor)
+        prompt = token_prompt(messages, self.config, tokenizer, processor, self._images)
         self._check_length(len(prompt.ids))
         timings.preprocess, started = perf_counter() - started, perf_counter()
         media = {"image": prompt.images, "video": prompt.videos}
@@ -169,9 +169,10 @@ def load(
     they stay in the mapped file, which loads at once and takes half the memory; None: quantised ones alone. exact:
     activations of weight-only products stay floats, as on other engines; ONNX Runtime rounds them to INT8
     otherwise, which is several times faster. prefill_chunk: prompt tokens per decoder call. min_pixels,
-    max_pixels: limits images are resized to, in place of the checkpoint's. image_cache: bytes of embeddings of images
-    that were seen, kept for when they are seen again; 0: none. prefix_caches: KV caches kept after their call for a
-    next whose prompt begins as its prompt and answer did, as a conversation's does; 0: none. Raises OneVisionError.
+    max_pixels: limits images are resized to, in place of the checkpoint's. image_cache: bytes of patches and embeddings
+    of images that were seen, kept for when they are seen again; 0: none. prefix_caches: KV caches kept after their
+    call for a next whose prompt begins as its prompt and answer did, as a conversation's does; 0: none. Raises
+    OneVisionError.
     """
     backend: Backend = SessionOptions(threads=threads, prepack=prepack, exact=exact, provider=provider)
     if engines:

@@ -1,14 +1,20 @@
 """Images that were seen before do not go through the tower again."""
 
+import base64
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import onevision_edge
+from onevision_edge.errors import OneVisionError
+from onevision_edge.runtime import image_reading, images
 from onevision_edge.runtime.image_cache import ImageCache, image_digest
+from onevision_edge.runtime.images import ImageProcessor
 from onevision_edge.runtime.model import Model
 
 IMAGE = 505
@@ -128,3 +134,71 @@ def test_tokens_are_the_same(model: Model, golden_bundle: Callable[[str], Path])
         pixels, grid = together(picture(4, 6, seeds[0]), picture(4, 4, seeds[1]))
         answers = [m.generate_ids(ids, pixels, grid, max_tokens=12, eos_token_id=[]).tolist() for m in (model, plain)]
         assert answers[0] == answers[1]
+
+
+# Files that were decoded before.
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The sources that are decoded from now on."""
+    sources: list[Any] = []
+
+    def noting(source: Any, **options: Any) -> Image.Image:
+        sources.append(source)
+        return image_reading.load_image(source, **options)
+
+    monkeypatch.setattr(images, "load_image", noting)
+    return sources
+
+
+def written(path: Path, seed: int = 0, size: tuple[int, int] = (90, 60)) -> Path:
+    codes = np.random.default_rng(seed).integers(0, 256, (*size, 3), np.uint8)
+    Image.fromarray(codes).save(path)
+    return path
+
+
+def test_a_known_file_is_not_decoded(tmp_path: Path, opened: list[Any]) -> None:
+    """By its bytes, whatever they are called; the rows are the same as without."""
+    cache, processor = ImageCache(10**7), ImageProcessor()
+    path, other = written(tmp_path / "a.png"), written(tmp_path / "b.png", 1, (30, 200))
+    url = "data:image/png;base64," + base64.b64encode(path.read_bytes()).decode()
+    expected = processor([path, other])
+    opened.clear()
+    for sources in ([path, other], [str(path), other.read_bytes()], [url, str(other)]):
+        found = processor(sources, cache)
+        for one, wanted in zip(found, expected, strict=True):
+            np.testing.assert_array_equal(one, wanted)
+    assert opened == [path, other]
+
+
+def test_other_bytes_and_other_settings_are_decoded(tmp_path: Path, opened: list[Any]) -> None:
+    cache, processor = ImageCache(10**7), ImageProcessor()
+    path = written(tmp_path / "a.png")
+    first = processor(path, cache)
+    assert processor.with_pixels(max_pixels=56 * 56)(path, cache)[1].prod() <= 16
+    written(path, 2)
+    assert (processor(path, cache)[0] != first[0]).any()
+    assert len(opened) == 3
+    processor(path, ImageCache(0))
+    processor(np.zeros((60, 60, 3), np.uint8), cache)
+    processor(Image.new("RGB", (60, 60)), cache)
+    assert len(opened) == 6
+
+
+def test_what_cannot_be_read_is_named_as_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, processor = ImageCache(10**7), ImageProcessor()
+    (tmp_path / "bad.png").write_bytes(b"no image")
+    os.mkfifo(tmp_path / "pipe.png")
+    sources = (tmp_path / "none.png", tmp_path / "bad.png", tmp_path / "pipe.png", tmp_path, b"", "https://a.b/c.png")
+    for source in sources:
+        messages = []
+        for known in (None, cache):
+            with pytest.raises(OneVisionError) as caught:
+                processor([source], known)
+            messages.append(str(caught.value))
+        assert messages[0] == messages[1]
+    assert len(cache) == 0
+    monkeypatch.setattr(image_reading, "_MAX_DIGESTED", 100)
+    processor(written(tmp_path / "large.png"), cache)
+    assert len(cache) == 0
