@@ -61,8 +61,8 @@ def _sample(row: Row, model: onevision_edge.Model) -> Sample:
         "image": Media(row.pixel_values, row.image_grid_thw),
         "video": Media(row.pixel_values_videos, row.video_grid_thw),
     }
-    (embeds,) = model._embed([row.input_ids], media)
-    return Sample(row, scored(row, model.config), embeds[None])
+    (prompt,) = model._embed([row.input_ids], media)
+    return Sample(row, scored(row, model.config), prompt.embeds[None])
 
 
 def bundle_logits(model: onevision_edge.Model, samples: Sequence[Sample]) -> np.ndarray:

@@ -83,7 +83,7 @@ class Job:
     def _finish(self, writer: BundleWriter, manifest: Manifest, walk: Walk, book: Journal) -> None:
         """Write the manifest, with the quality in it where that is to be measured: with it this is a bundle."""
         if self.data.evaluation is not None:
-            model = Model(Bundle(writer.directory, manifest), SessionOptions(threads=self.threads))
+            model = Model(Bundle(writer.directory, manifest), SessionOptions(threads=self.threads), image_cache=0)
             manifest = replace(manifest, quality=self._quality(model, self.data.evaluation, walk, book))
         writer.write_manifest(manifest)
 

@@ -13,7 +13,7 @@ from .console import print_json, say
 if TYPE_CHECKING:
     from ..runtime.model import Generation, Model
 
-_LOAD = ("threads", "prefill_chunk", "prepack", "exact", "provider", "engines")
+_LOAD = ("threads", "prefill_chunk", "prepack", "exact", "provider", "engines", "image_cache", "prefix_caches")
 
 _OPTIONS = [
     click.option("--max-tokens", type=click.IntRange(1), default=512, show_default=True, help="Longest answer."),
@@ -28,11 +28,33 @@ _OPTIONS = [
     click.option("--frequency-penalty", type=float, default=0.0),
     click.option("--seed", type=int, default=None),
     click.option("--stop", multiple=True, help="Text that ends the answer; may be repeated."),
+    click.option(
+        "--speculate",
+        type=click.IntRange(0),
+        metavar="N",
+        help="Draft at most N tokens from the text so far, for one call to verify; 0: none.  [default: as many as pay]",
+    ),
     click.option("--min-pixels", type=click.IntRange(1), help="Smaller images are enlarged to this many pixels."),
     click.option("--max-pixels", type=click.IntRange(1), help="Larger images are shrunk to this many pixels."),
     click.option("--threads", type=click.IntRange(1), help="Threads per operator; one per physical core if not given."),
     click.option(
         "--prefill-chunk", type=click.IntRange(1), default=512, show_default=True, help="Prompt tokens per call."
+    ),
+    click.option(
+        "--image-cache",
+        type=click.IntRange(0),
+        default=256,
+        show_default=True,
+        metavar="MB",
+        help="Keep so much of what was made of images, for when they are seen again; 0: none.",
+    ),
+    click.option(
+        "--prefix-caches",
+        type=click.IntRange(0),
+        default=1,
+        show_default=True,
+        metavar="N",
+        help="KV caches to keep after a question, for a next one that begins as one of them does; 0: none.",
     ),
     click.option(
         "--prepack/--no-prepack",
@@ -154,7 +176,7 @@ def _load(bundle: Path, options: dict[str, Any]) -> "Model":
 
     chosen = {name: options.pop(name) for name in _LOAD}
     engines = {None: None, "auto": True, "none": False}.get(chosen["engines"], chosen["engines"])
-    return load(bundle, **{**chosen, "engines": engines})
+    return load(bundle, **{**chosen, "engines": engines, "image_cache": chosen["image_cache"] * 1_000_000})
 
 
 def _media(
@@ -183,10 +205,13 @@ def _read_line() -> str | None:
 def _say_timings(answer: "Generation") -> None:
     t, later = answer.timings, len(answer.token_ids) - 1
     rate = f", {later / t.decode:.1f} tokens/s" if later > 0 and t.decode else ""
+    drafts = f" ({answer.accepted_tokens} of {answer.drafted_tokens} drafted right)" if answer.drafted_tokens else ""
+    cached = f", {answer.cached_tokens} cached" if answer.cached_tokens else ""
     say(
-        f"{answer.prompt_tokens} prompt tokens ({answer.image_tokens} of images), {len(answer.token_ids)} generated; "
+        f"{answer.prompt_tokens} prompt tokens ({answer.image_tokens} of images{cached}), "
+        f"{len(answer.token_ids)} generated; "
         f"first token after {t.time_to_first_token:.2f} s (image {t.preprocess + t.vision_encoding:.2f} s, "
-        f"prefill {t.prefill:.2f} s){rate}"
+        f"prefill {t.prefill:.2f} s){rate}{drafts}"
     )
 
 
@@ -199,6 +224,10 @@ def answer_json(model: "Model", answer: "Generation") -> dict[str, Any]:
         "usage": {
             "prompt_tokens": answer.prompt_tokens,
             "image_tokens": answer.image_tokens,
+            "cached_tokens": answer.cached_tokens,
+            "cached_image_tokens": answer.cached_image_tokens,
+            "drafted_tokens": answer.drafted_tokens,
+            "accepted_tokens": answer.accepted_tokens,
             "completion_tokens": len(answer.token_ids),
         },
         "timings": {**asdict(answer.timings), "time_to_first_token": answer.timings.time_to_first_token},

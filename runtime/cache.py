@@ -63,7 +63,8 @@ class Decoder:
     def __init__(self, graph: AnyGraph, cache: KVCache, vocab_size: int) -> None:
         self.graph, self.cache, self.vocab_size = graph, cache, vocab_size
         self._binding: Any = graph.bind()
-        self._logits = np.empty((0, 0, vocab_size), np.float32)
+        self._memory = np.empty(0, np.float32)  # of the largest logits so far
+        self._logits = self._memory.reshape(0, 0, vocab_size)
         for i, (key, value) in enumerate(cache.layers):
             self._binding.in_place(f"past_key.{i}", f"present_key.{i}", key)
             self._binding.in_place(f"past_value.{i}", f"present_value.{i}", value)
@@ -87,15 +88,18 @@ class Decoder:
         binding.input("logits_indices", rows)
         shape = (*rows.shape, self.vocab_size)
         if self._logits.shape != shape:
-            self._logits = np.empty(shape, np.float32)
+            size = rows.size * self.vocab_size
+            if self._memory.size < size:
+                self._memory = np.empty(size, np.float32)
+            self._logits = self._memory[:size].reshape(shape)
         binding.output("logits", self._logits)
         binding.run()
         return self._logits
 
-    def prefill(self, embeds: Rows, chunk: int, rows: np.ndarray | None = None) -> np.ndarray:
-        """Fill an empty cache of one sequence with its prompt, `chunk` tokens at a time.
+    def prefill(self, embeds: Rows, chunk: int, rows: np.ndarray | None = None, start: int = 0) -> np.ndarray:
+        """Fill the cache of one sequence with its prompt, `chunk` tokens at a time, from the row `start` on.
 
-        embeds: [tokens, D]. rows: ascending int64 [n], the tokens whose logits are wanted.
+        embeds: [tokens, D], of the whole prompt. rows: ascending int64 [n], the tokens whose logits are wanted.
         Returns float32 logits: [vocab] of the last token, or [n, vocab].
         """
         wanted = np.array([len(embeds) - 1]) if rows is None else rows
@@ -103,10 +107,10 @@ class Decoder:
         if rows is not None:
             chunk = min(chunk, self.graph.logits_per_call or chunk)
         collected = np.empty((len(wanted), self.vocab_size), np.float32)
-        for start in range(0, len(embeds), chunk):
-            part = embeds[start : start + chunk]
-            first, last = np.searchsorted(wanted, (start, start + len(part)))
-            here = wanted[first:last] - start if last > first else np.zeros(1, np.int64)  # some row, where none is
-            logits = self(part.reshape((1, *part.shape)), np.array([start]), here[None])[0]
+        for place in range(start, len(embeds), chunk):
+            part = embeds[place : place + chunk]
+            first, last = np.searchsorted(wanted, (place, place + len(part)))
+            here = wanted[first:last] - place if last > first else np.zeros(1, np.int64)  # some row, where none is
+            logits = self(part.reshape((1, *part.shape)), np.array([place]), here[None])[0]
             collected[first:last] = logits[: last - first]
         return collected[-1] if rows is None else collected

@@ -1,6 +1,7 @@
 """Reading one image of any kind the runtime accepts, hostile ones included, as upright 8-bit RGB."""
 
 import base64
+import hashlib
 import io
 import os
 import re
@@ -34,6 +35,7 @@ _UPRIGHT = {  # EXIF orientation -> what undoes it
     8: Image.Transpose.ROTATE_90,
 }
 _ORIENTATION_TAG = 0x0112
+_MAX_DIGESTED = 1 << 26  # bytes of a file: a larger one is not read for its digest
 
 
 def load_image(source: ImageSource, *, where: str = "image") -> Image.Image:
@@ -86,6 +88,21 @@ def resolve_source(source: str | os.PathLike[str] | bytes) -> Path | io.BytesIO:
     if not data:
         raise OneVisionError("there are no bytes in it")
     return io.BytesIO(data)
+
+
+def source_digest(source: ImageSource) -> bytes | None:
+    """The sha256 of an image file's bytes; None for pixels, for what cannot be read and for more than 64 MiB."""
+    if isinstance(source, Image.Image | np.ndarray):
+        return None
+    try:
+        found = resolve_source(source)
+        if isinstance(found, io.BytesIO):
+            return hashlib.sha256(found.getbuffer()).digest()
+        with open(found, "rb") as file:
+            small = os.fstat(file.fileno()).st_size <= _MAX_DIGESTED
+            return hashlib.file_digest(file, "sha256").digest() if small else None
+    except (OneVisionError, OSError):  # whoever reads the image will say so
+        return None
 
 
 def _data_url_bytes(url: str) -> bytes:

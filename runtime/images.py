@@ -15,7 +15,8 @@ import numpy as np
 from PIL import Image
 
 from ..errors import OneVisionError
-from .image_reading import MAX_DECODED_PIXELS, ImageSource, load_image, named
+from .image_cache import ImageCache
+from .image_reading import MAX_DECODED_PIXELS, ImageSource, load_image, named, source_digest
 
 __all__ = ["ImageProcessor", "ImageSource", "load_image", "patch_positions", "preprocess_images"]
 
@@ -121,8 +122,10 @@ class ImageProcessor:
             new_width = math.ceil(width * grow / side) * side
         return new_height, new_width
 
-    def __call__(self, images: ImageSource | Sequence[ImageSource]) -> tuple[np.ndarray, np.ndarray]:
-        """Turn one image or several into what the vision graph takes.
+    def __call__(
+        self, images: ImageSource | Sequence[ImageSource], cache: ImageCache | None = None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Turn one image or several into what the vision graph takes. Files that `cache` knows are not decoded again.
 
         Returns pixel_values, float32 [patches of all images, 3 * patch_size**2] in merge order with each row
         laid out (channel, row, column), and image_grid_thw, int64 [images, 3]: 1, patches high, patches wide.
@@ -131,8 +134,9 @@ class ImageProcessor:
         codes = []
         grid = np.ones((len(sources), 3), np.int64)
         for index, source in enumerate(sources):
-            patches, grid[index, 1:] = self._patches(source, _position("image", index, len(sources)))
-            codes.append(patches)
+            patches = self._known_patches(source, _position("image", index, len(sources)), cache)
+            grid[index, 1:] = patches.shape[:2]
+            codes.append(patches.reshape(-1, *patches.shape[2:]))
         return self._normalised(codes), grid
 
     def video(self, frames: Sequence[ImageSource]) -> tuple[np.ndarray, np.ndarray]:
@@ -148,8 +152,21 @@ class ImageProcessor:
         pixel_values, grid = self(pictures)
         return pixel_values, np.array([[len(grid), *grid[0, 1:]]])
 
-    def _patches(self, source: ImageSource, where: str) -> tuple[np.ndarray, tuple[int, int]]:
-        """uint8 [patches, 3, patch_size**2] in merge order, and the grid (patches high, wide)."""
+    def _known_patches(self, source: ImageSource, where: str, cache: ImageCache | None) -> np.ndarray:
+        """As `_patches`, from the cache where it has what these settings make of a file of the same bytes."""
+        digest = source_digest(source) if cache is not None and cache.budget else None
+        if cache is None or digest is None:
+            return self._patches(source, where)
+        key = digest + repr(self).encode()
+        patches = cache.get(key)
+        if patches is None:
+            patches = self._patches(source, where)
+            if source_digest(source) == digest:  # no other file took its place meanwhile
+                cache.put(key, patches)
+        return patches
+
+    def _patches(self, source: ImageSource, where: str) -> np.ndarray:
+        """uint8 [patches high, patches wide, 3, patch_size**2], whose patches lie in merge order."""
         image = load_image(source, where=where)
         try:
             height, width = self.resized(image.height, image.width)
@@ -159,8 +176,7 @@ class ImageProcessor:
         patch, merge = self.patch_size, self.merge_size
         rows, columns = height // patch, width // patch
         blocks = pixels.reshape(rows // merge, merge, patch, columns // merge, merge, patch, 3)
-        patches = blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns, 3, patch * patch)
-        return patches, (rows, columns)
+        return blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows, columns, 3, patch * patch)
 
     def _normalised(self, codes: list[np.ndarray]) -> np.ndarray:
         """float32 pixel rows of uint8 patches, through a table of the 256 values each channel can take.

@@ -6,31 +6,43 @@ from dataclasses import dataclass, replace
 from time import perf_counter
 from typing import Any
 
-import numpy as np
-
 from ..bundle import Bundle
-from ..engines.cpu.record import read_record
+from ..engines.cpu.record import has_engine
 from ..engines.record import CPU
 from ..errors import OneVisionError
 from .backend import SessionOptions
-from .cache import Backend, Rows
+from .cache import Backend
 from .cpu_engine import CpuEngine, CpuOrPlain
-from .generation import Running, Timings, TokenLogprob
+from .generation import Prompt, Running, Timings, TokenLogprob
 from .images import ImageProcessor
 from .prompts import Messages, image_processor, optional_tokenizer, token_prompt
-from .token_model import DEFAULT_PREFILL_CHUNK, TokenModel, sampling_params
+from .token_model import (
+    DEFAULT_IMAGE_CACHE,
+    DEFAULT_PREFILL_CHUNK,
+    DEFAULT_PREFIX_CACHES,
+    TokenModel,
+    sampling_params,
+)
 from .tokenizer import StreamDecoder, Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """An answer. finish_reason: "stop" (end token or stop string) or "length" (max_tokens or a full cache)."""
+    """An answer. finish_reason: "stop" (end token or stop string) or "length" (max_tokens or a full cache).
+
+    Saved were the cached_tokens of the prompt, which the KV cache held from an earlier call, the tower's work for
+    cached_image_tokens, and a decoder call for each of accepted_tokens, of the drafted_tokens.
+    """
 
     text: str
     token_ids: list[int]
     finish_reason: str
     prompt_tokens: int
     image_tokens: int  # of the prompt's tokens, those that stand for images or video frames
+    cached_tokens: int
+    cached_image_tokens: int
+    drafted_tokens: int
+    accepted_tokens: int
     logprobs: list[TokenLogprob] | None
     timings: Timings
 
@@ -48,9 +60,9 @@ class Delta(str):
 class _Prepared:
     """One conversation, ready to run."""
 
-    ids: np.ndarray
-    embeds: Rows
+    prompt: Prompt
     image_tokens: int
+    cached_image_tokens: int
     timings: Timings
 
 
@@ -64,11 +76,13 @@ class Model(TokenModel):
         prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
+        image_cache: int = DEFAULT_IMAGE_CACHE,
+        prefix_caches: int = DEFAULT_PREFIX_CACHES,
     ) -> None:
         processor = image_processor(bundle.directory, bundle.manifest.model.vision)
         self.processor = processor.with_pixels(min_pixels, max_pixels)
         self.tokenizer = optional_tokenizer(bundle.directory)
-        super().__init__(bundle, backend, prefill_chunk)
+        super().__init__(bundle, backend, prefill_chunk, image_cache, prefix_caches)
         if self.tokenizer:
             self.eos_token_ids = tuple(dict.fromkeys((*self.eos_token_ids, *self.tokenizer.eos_token_ids)))
 
@@ -101,10 +115,10 @@ class Model(TokenModel):
         params = sampling_params(options)
         processor = self.processor.with_pixels(**pixels)
         prepared = [self._prepare(messages, tokenizer, processor) for messages in conversations]
-        batch = [self._sequence(p.ids, p.embeds, params, self.eos_token_ids) for p in prepared]
+        batch = [self._sequence(p.prompt, params, self.eos_token_ids) for p in prepared]
         decoders = [StreamDecoder(tokenizer, params.stop) for _ in batch]
         shared = Timings()
-        with self._loop(len(batch)) as loop:
+        with self._loop(len(batch), prompts=[p.prompt.keys for p in prepared]) as loop:
             for advanced in loop.steps(batch, shared):
                 for i in advanced:
                     piece = Delta(_advance(batch[i], decoders[i]))
@@ -116,15 +130,16 @@ class Model(TokenModel):
 
     def _prepare(self, messages: Messages, tokenizer: Tokenizer, processor: ImageProcessor) -> _Prepared:
         timings, started = Timings(), perf_counter()
-        prompt = token_prompt(messages, self.config, tokenizer, processor)
+        prompt = token_prompt(messages, self.config, tokenizer, processor, self._images)
         self._check_length(len(prompt.ids))
         timings.preprocess, started = perf_counter() - started, perf_counter()
         media = {"image": prompt.images, "video": prompt.videos}
         features = {self._media_ids[name]: self._features(name, prompt.ids, m) for name, m in media.items()}
         timings.vision_encoding, started = perf_counter() - started, perf_counter()
-        embeds = self._stitched(prompt.ids, features)
+        stitched = self._stitched(prompt.ids, features)
         timings.prepare_embeddings = perf_counter() - started
-        return _Prepared(prompt.ids, embeds, sum(map(len, features.values())), timings)
+        found = features.values()
+        return _Prepared(stitched, sum(len(f.keys) for f in found), sum(f.cached for f in found), timings)
 
     def _require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -144,6 +159,8 @@ def load(
     prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
+    image_cache: int = DEFAULT_IMAGE_CACHE,
+    prefix_caches: int = DEFAULT_PREFIX_CACHES,
     provider: str = "cpu",
     engines: str | bool | None = None,
 ) -> Model:
@@ -156,17 +173,20 @@ def load(
     at once and takes half the memory; None: quantised ones alone. exact: activations of weight-only products stay
     floats, as on other engines; ONNX Runtime rounds them to INT8 otherwise, which is several times faster.
     prefill_chunk: prompt tokens per decoder call. min_pixels, max_pixels: limits images are resized to, in place of
-    the checkpoint's. Raises OneVisionError.
+    the checkpoint's. image_cache: bytes of patches and embeddings of images that were seen, kept for when they are seen
+    again; 0: none. prefix_caches: KV caches kept after their call for a next whose prompt begins as its prompt and
+    answer did, as a conversation's does; 0: none. Raises OneVisionError.
     """
     opened = Bundle.open(bundle)
     runtime = SessionOptions(threads=threads, prepack=prepack, exact=exact, provider=provider)
-    return Model(opened, _backend(opened, runtime, engines), prefill_chunk, min_pixels, max_pixels)
+    backend = _backend(opened, runtime, engines)
+    return Model(opened, backend, prefill_chunk, min_pixels, max_pixels, image_cache, prefix_caches)
 
 
 def _backend(bundle: Bundle, runtime: SessionOptions, engines: str | bool | None) -> Backend:
     """What opens the graphs: engines as they were asked for, or ONNX Runtime."""
     mine = runtime == SessionOptions(threads=runtime.threads)  # nothing that is ONNX Runtime's was asked for
-    if engines is False or (engines is None and not (mine and read_record(bundle))):
+    if engines is False or (engines is None and not (mine and has_engine(bundle))):
         return runtime
     if engines is None:
         return CpuOrPlain(CpuEngine(runtime.threads), runtime)
@@ -194,8 +214,12 @@ def _generation(sequence: Running, text: str, prepared: _Prepared, shared: Timin
         text=text,
         token_ids=sequence.token_ids,
         finish_reason=sequence.finish_reason or "stop",
-        prompt_tokens=len(prepared.ids),
+        prompt_tokens=len(prepared.prompt.ids),
         image_tokens=prepared.image_tokens,
+        cached_tokens=sequence.reused,
+        cached_image_tokens=prepared.cached_image_tokens,
+        drafted_tokens=sequence.drafted,
+        accepted_tokens=sequence.accepted,
         logprobs=sequence.logprobs if sequence.sampler.params.logprobs is not None else None,
         timings=replace(prepared.timings, prefill=shared.prefill, decode=shared.decode),
     )

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..config import ModelConfig, VisionConfig, read_json
 from .chat import IMAGE_TOKEN, VIDEO_TOKEN, Prompt, expand_placeholders, render
+from .image_cache import ImageCache
 from .images import ImageProcessor
 from .token_model import Media
 from .tokenizer import Tokenizer
@@ -28,14 +29,18 @@ class TokenPrompt:
 
 
 def token_prompt(
-    messages: Messages, config: ModelConfig, tokenizer: Tokenizer, processor: ImageProcessor
+    messages: Messages,
+    config: ModelConfig,
+    tokenizer: Tokenizer,
+    processor: ImageProcessor,
+    cache: ImageCache | None = None,
 ) -> TokenPrompt:
-    """Read one conversation, up to where the answer begins. Raises OneVisionError."""
+    """Read one conversation, up to where the answer begins; image files by `cache`. Raises OneVisionError."""
     image, video = (tokenizer.token(i) for i in (config.image_token_id, config.video_token_id))
     prompt = render(
         messages, tokenizer.chat_template, image_token=image or IMAGE_TOKEN, video_token=video or VIDEO_TOKEN
     )
-    images = Media(*processor(prompt.images)) if prompt.images else Media(None, None)
+    images = Media(*processor(prompt.images, cache)) if prompt.images else Media(None, None)
     videos = _clips(prompt, processor)
     counts = [[] if m.grid_thw is None else media_tokens(m.grid_thw, config.vision).tolist() for m in (images, videos)]
     ids = expand_placeholders(tokenizer.encode(prompt.text), config.image_token_id, config.video_token_id, *counts)

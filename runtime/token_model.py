@@ -1,9 +1,8 @@
 """The token level of a loaded bundle: ids and pixel rows in, logits or new ids out. It needs no tokenizer."""
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any
 
@@ -12,13 +11,18 @@ import numpy as np
 from ..bundle import Bundle
 from ..errors import OneVisionError
 from ..precision import float32
-from .cache import AnyGraph, Backend, Decoder, KVCache, Rows
-from .generation import Loop, Running, Timings, new_sequence
+from .cache import AnyGraph, Backend, Decoder, KVCache
+from .generation import Loop, Prompt, Running, Timings, new_sequence
+from .image_cache import ImageCache
+from .prefix import HeldCache, IdleCaches, Keys, text_keys
 from .sampling import SamplingParams
+from .speculation import Drafting
 from .stitching import EmbeddingTable, check_counts, check_ids
-from .vision import VisionEncoder
+from .vision import Features, VisionEncoder
 
 DEFAULT_PREFILL_CHUNK = 512
+DEFAULT_IMAGE_CACHE = 256_000_000
+DEFAULT_PREFIX_CACHES = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,11 +34,20 @@ class Media:
 
 
 class TokenModel:
-    """The graphs of a bundle, its embedding table and a KV cache for every call that is under way."""
+    """The graphs of a bundle, its embedding table and a KV cache for every call that is under way.
 
-    def __init__(self, bundle: Bundle, backend: Backend, prefill_chunk: int) -> None:
+    image_cache: bytes of image embeddings to keep. prefix_caches: KV caches to keep after their calls, for those
+    whose prompt begins as one of them does.
+    """
+
+    def __init__(
+        self, bundle: Bundle, backend: Backend, prefill_chunk: int, image_cache: int, prefix_caches: int
+    ) -> None:
         self.bundle, self.config = bundle, bundle.manifest.model
-        self.prefill_chunk = _checked_chunk(prefill_chunk)
+        self.prefill_chunk = _checked("prefill_chunk", prefill_chunk, 1)
+        self._images = ImageCache(_checked("image_cache", image_cache, 0))
+        self._idle = IdleCaches(_checked("prefix_caches", prefix_caches, 0))
+        self._drafting: dict[int, Drafting] = {}  # by the sequences of a batch
         self.eos_token_ids = self.config.eos_token_ids
         self._media_ids = {"image": self.config.image_token_id, "video": self.config.video_token_id}
         self._graphs = {part: backend.open(bundle, part) for part in bundle.manifest.graphs}
@@ -44,8 +57,6 @@ class TokenModel:
         self.max_length = min(self._cache_rows, (decoder.rows if decoder else None) or self._cache_rows)
         table = bundle.manifest.embedding
         self._table = EmbeddingTable(bundle.path(table.file), table) if table else None
-        self._lock = threading.Lock()
-        self._idle: list[Decoder] = []  # those of the call that ended last, kept for the next of its batch size
 
     def encode_images(self, pixel_values: np.ndarray, image_grid_thw: np.ndarray) -> np.ndarray:
         """Embeddings of images: float32 [tokens, D].
@@ -54,7 +65,8 @@ class TokenModel:
         [images, 3]. Video frames alike, with their count as the first grid number.
         """
         encoder = self._encoder()
-        return float32(np.asarray(encoder(*encoder.check(pixel_values, image_grid_thw, "image"))), encoder.graph.fmt)
+        features = encoder(*encoder.check(pixel_values, image_grid_thw, "image"))
+        return float32(np.asarray(features.rows), encoder.graph.fmt)
 
     def logits(
         self,
@@ -81,7 +93,7 @@ class TokenModel:
         prompts = self._embed(ids, media)
         with self._loop(1, prefill_chunk) as loop:
             for row, (left, right), prompt in zip(logits, spans, prompts, strict=True):
-                row[left:right] = loop.decoder.prefill(prompt, loop.chunk, np.arange(len(prompt)))
+                row[left:right] = loop.decoder.prefill(prompt.embeds, loop.chunk, np.arange(len(prompt.ids)))
         return logits
 
     def logits_at(
@@ -101,7 +113,7 @@ class TokenModel:
         media = {"image": Media(pixel_values, image_grid_thw), "video": Media(pixel_values_videos, video_grid_thw)}
         (prompt,) = self._embed([ids], media)
         with self._loop(1) as loop:
-            return loop.decoder.prefill(prompt, loop.chunk, positions)
+            return loop.decoder.prefill(prompt.embeds, loop.chunk, positions)
 
     def generate_ids(
         self,
@@ -130,8 +142,8 @@ class TokenModel:
         params = sampling_params({**options, "max_tokens": max_tokens})
         eos = self.eos_token_ids if eos_token_id is None else _end_tokens(eos_token_id)
         prompts = self._embed(ids, media)
-        batch = [self._sequence(row, prompt, params, eos) for row, prompt in zip(ids, prompts, strict=True)]
-        with self._loop(len(batch), prefill_chunk) as loop:
+        batch = [self._sequence(prompt, params, eos) for prompt in prompts]
+        with self._loop(len(batch), prefill_chunk, [prompt.keys for prompt in prompts]) as loop:
             for _ in loop.steps(batch, Timings()):
                 pass
         return self._padded(batch, eos)
@@ -150,30 +162,34 @@ class TokenModel:
     ) -> tuple[list[np.ndarray], list[tuple[int, int]]]:
         return unpadded(input_ids, attention_mask, self.config.text.vocab_size)
 
-    def _embed(self, ids: Sequence[np.ndarray], media: dict[str, Media]) -> list[Rows]:
-        """Embeddings of every row, media stitched in: [tokens, D] each, in the graph's format."""
+    def _embed(self, ids: Sequence[np.ndarray], media: dict[str, Media]) -> list[Prompt]:
+        """Every row with its embeddings, media stitched in."""
         for row in ids:
             self._check_length(len(row))
-        shares: list[dict[int, Any]] = [{} for _ in ids]
+        shares: list[dict[int, Features]] = [{} for _ in ids]
         for name, entries in media.items():
             token_id = self._media_ids[name]
             features = self._features(name, np.concatenate(ids), entries)
             edges = np.cumsum([0, *(int((row == token_id).sum()) for row in ids)]).tolist()
             for share, (start, stop) in zip(shares, pairwise(edges), strict=True):
-                share[token_id] = features[start:stop]
+                share[token_id] = Features(features.rows[start:stop], features.keys[start:stop], 0)
         return [self._stitched(row, share) for row, share in zip(ids, shares, strict=True)]
 
-    def _stitched(self, ids: np.ndarray, features: dict[int, Any]) -> Rows:
+    def _stitched(self, ids: np.ndarray, features: dict[int, Features]) -> Prompt:
         graph = self._decoder_graph()
         assert self._table is not None
-        return graph.stitch(self._table, ids, features)
+        keys = text_keys(ids)
+        for token_id, found in features.items():
+            keys[ids == token_id] = found.keys
+        rows: dict[int, Any] = {token_id: found.rows for token_id, found in features.items()}
+        return Prompt(ids, graph.stitch(self._table, ids, rows), keys)
 
-    def _features(self, name: str, ids: np.ndarray, media: Media) -> Rows:
+    def _features(self, name: str, ids: np.ndarray, media: Media) -> Features:
         """Embeddings of the images or videos whose placeholders stand in `ids`; checked before they are made."""
         token_id = self._media_ids[name]
         if media.pixel_values is None and media.grid_thw is None:
             check_counts(ids, token_id, 0, name)
-            return self._decoder_graph().empty((0, self.config.text.hidden_size))
+            return Features(self._decoder_graph().empty((0, self.config.text.hidden_size)), text_keys([]), 0)
         if media.pixel_values is None or media.grid_thw is None:
             raise OneVisionError(f"{name} pixel values and their grid go together: one of them is missing")
         encoder = self._encoder()
@@ -181,10 +197,9 @@ class TokenModel:
         check_counts(ids, token_id, int(encoder.tokens(grid).sum()), name)
         return encoder(pixels, grid)
 
-    def _sequence(self, ids: np.ndarray, prompt: Rows, params: SamplingParams, eos: Sequence[int]) -> Running:
+    def _sequence(self, prompt: Prompt, params: SamplingParams, eos: Sequence[int]) -> Running:
         return new_sequence(
             prompt,
-            ids,
             params,
             eos_token_ids=eos,
             suppress=tuple(self._media_ids.values()),
@@ -193,23 +208,25 @@ class TokenModel:
         )
 
     @contextmanager
-    def _loop(self, batch: int, chunk: int | None = None) -> Iterator[Loop]:
-        """A loop over a cache of `batch` sequences that nobody else uses meanwhile."""
-        chunk = self.prefill_chunk if chunk is None else _checked_chunk(chunk)
+    def _loop(self, batch: int, chunk: int | None = None, prompts: Sequence[Keys] = ()) -> Iterator[Loop]:
+        """A loop over a cache of `batch` sequences that nobody else uses meanwhile: one that begins as `prompts` do."""
+        chunk = self.prefill_chunk if chunk is None else _checked("prefill_chunk", chunk, 1)
         graph = self._decoder_graph()
         assert self._table is not None
         graph.check_batch(batch)
-        with self._lock:
-            decoders, self._idle = self._idle, []
-        if not decoders or decoders[0].cache.batch != batch:
-            decoders.clear()  # frees the old cache before the new one is made
-            cache = KVCache(self.config.text, self._cache_rows, batch, graph.cache_dtype, graph.zeros)
-            decoders = _decoders(graph, self.config.text.vocab_size, cache)
+        held = self._idle.take(batch, prompts, lambda: self._new_cache(graph, batch))
+        loop = Loop(held, self._table, chunk, self._drafting.setdefault(batch, Drafting()))
         try:
-            yield Loop(decoders[0], decoders[1:] or decoders, self._table, chunk)
+            yield loop
         finally:
-            with self._lock:
-                self._idle = decoders
+            self._idle.give(replace(held, keys=loop.keys()))
+
+    def _new_cache(self, graph: AnyGraph, batch: int) -> HeldCache:
+        """A decoder for the whole batch and, where it has several sequences, one for each."""
+        cache = KVCache(self.config.text, self._cache_rows, batch, graph.cache_dtype, graph.zeros)
+        views = [cache.rows(i, i + 1) for i in range(batch)] if batch > 1 else []
+        decoder, *others = (Decoder(graph, c, self.config.text.vocab_size) for c in (cache, *views))
+        return HeldCache(decoder, others or [decoder])
 
     def _check_max_length(self) -> None:
         """The manifest's limit must be the decoder's own, which its contract states."""
@@ -230,17 +247,11 @@ class TokenModel:
 
     def _encoder(self) -> VisionEncoder:
         self.bundle.graph("vision")
-        return VisionEncoder(self._graphs["vision"], self.config.vision)
+        return VisionEncoder(self._graphs["vision"], self.config.vision, self._images)
 
     def _decoder_graph(self) -> AnyGraph:
         self.bundle.graph("decoder")
         return self._graphs["decoder"]
-
-
-def _decoders(graph: AnyGraph, vocab_size: int, cache: KVCache) -> list[Decoder]:
-    """A decoder for the whole batch and, where it has several sequences, one for each."""
-    views = [cache.rows(i, i + 1) for i in range(cache.batch)] if cache.batch > 1 else []
-    return [Decoder(graph, c, vocab_size) for c in (cache, *views)]
 
 
 def unpadded(
@@ -277,10 +288,10 @@ def _end_tokens(ids: int | Sequence[int]) -> tuple[int, ...]:
     return tuple(values.tolist())
 
 
-def _checked_chunk(prefill_chunk: int) -> int:
-    if not isinstance(prefill_chunk, int) or prefill_chunk < 1:
-        raise OneVisionError(f"prefill_chunk is {prefill_chunk}; it must be a whole number from 1")
-    return prefill_chunk
+def _checked(name: str, value: int, least: int) -> int:
+    if not isinstance(value, int) or value < least:
+        raise OneVisionError(f"{name} is {value}; it must be a whole number from {least}")
+    return value
 
 
 def _span(mask: np.ndarray, row: int) -> tuple[int, int]:

@@ -99,6 +99,8 @@ def test_run_json_matches_the_streamed_answer(demo_bundle: Path) -> None:
     assert value["text"] == call(*arguments, stdin="How many digits are there?").stdout.rstrip("\n")
     assert value["usage"]["completion_tokens"] == len(value["token_ids"]) == len(value["logprobs"])
     assert value["usage"]["prompt_tokens"] > value["usage"]["image_tokens"] > 0
+    assert value["usage"]["cached_tokens"] == value["usage"]["cached_image_tokens"] == 0
+    assert value["usage"]["drafted_tokens"] >= value["usage"]["accepted_tokens"] >= 0
     assert value["timings"]["time_to_first_token"] > value["timings"]["prefill"] > 0
     assert [len(token["top"]) for token in value["logprobs"]] == [2] * len(value["logprobs"])
 
@@ -119,6 +121,19 @@ def test_chat_keeps_the_conversation_and_survives_errors(demo_bundle: Path) -> N
     assert result.stderr.count("prompt tokens") == 3
     assert "missing.png" in result.stderr
     assert "/nonsense is not a command" in result.stderr
+
+
+def test_chat_goes_on_from_its_cache_unless_told_not_to(demo_bundle: Path) -> None:
+    lines = "How many digits are there?\nList all digits from left to right.\n"
+    arguments = ("chat", demo_bundle, "--image", PNG, "--max-tokens", 16)
+    kept = call(*arguments, "--speculate", 4, stdin=lines)
+    alone = call(*arguments, "--speculate", 0, "--prefix-caches", 0, "--image-cache", 0, stdin=lines)
+    assert kept.exit_code == alone.exit_code == 0
+    assert kept.stdout == alone.stdout
+    assert " cached), " in kept.stderr
+    assert "cached" not in alone.stderr
+    assert "drafted" not in alone.stderr
+    assert call(*arguments, "--speculate", -1).exit_code == 2
 
 
 def test_inspect_shows_contracts_and_a_memory_plan(demo_bundle: Path) -> None:

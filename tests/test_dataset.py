@@ -123,9 +123,11 @@ def test_rows_are_those_the_model_runs(preparer: Preparer, tmp_path: Path) -> No
         prepared = model._prepare([{"role": "user", "content": items}], model.tokenizer, model.processor)  # type: ignore[arg-type]
         row = load_dataset(SHIPPED_EVALUATION, of_bundle)[number]
         assert same(row, load_dataset(SHIPPED_EVALUATION, preparer)[number])
-        assert row.input_ids[: row.answer_start].tolist() == prepared.ids.tolist()
+        assert row.input_ids[: row.answer_start].tolist() == prepared.prompt.ids.tolist()
         embeds = model.encode_images(row.pixel_values, row.image_grid_thw)  # type: ignore[arg-type]
-        np.testing.assert_array_equal(embeds, prepared.embeds[prepared.ids == model.config.image_token_id])
+        np.testing.assert_array_equal(
+            embeds, prepared.prompt.embeds[prepared.prompt.ids == model.config.image_token_id]
+        )
         assert model.tokenizer.decode(row.input_ids[row.answer_start :]) == raw["answer"]  # type: ignore[union-attr,arg-type]
 
 

@@ -202,6 +202,22 @@ def test_suppressed_ids_are_never_chosen(params):
     assert {one.sample(logits_of(1, 9, 0, 9)).token_id for _ in range(50)} <= {0, 2}
 
 
+@pytest.mark.parametrize("params", [{"top_k": 3}, {"top_p": 0.8}, {"min_p": 0.1}, {}, {"top_k": 4, "top_p": 0.9}])
+@pytest.mark.parametrize("best", [False, True])
+def test_filters_pass_suppressed_ids_over(wide, params, best):
+    """As if they were not there, be they the likeliest or in the middle."""
+    logits = np.concatenate([SPREAD, wide[:20_000] - 10])
+    suppress = [7, 3] if best else [2, 6]
+    without = logits.copy()
+    without[suppress] = -np.inf
+    params = {"temperature": 0.7, **params}
+    one, other = sampler(logits.size, [], suppress, **params), sampler(logits.size, [], [], **params)
+    one._random, other._random = Uniforms(200), Uniforms(200)
+    found = [one.sample(logits).token_id for _ in range(200)]
+    assert found == [other.sample(without).token_id for _ in range(200)]
+    assert not set(found) & set(suppress)
+
+
 def test_repetition_penalty_covers_prompt_and_answer():
     one = sampler(4, [0, 0], [], repetition_penalty=2.0)
     logits = logits_of(4, 3, -1, -1.5)

@@ -346,9 +346,9 @@ def test_calls_leave_no_trace(golden_model: Model) -> None:
 
 def test_the_cache_is_kept_between_calls(golden_model: Model) -> None:
     greedy(golden_model, text(4))
-    kept = golden_model._idle[0].cache
+    (kept,) = golden_model._idle._held
     greedy(golden_model, text(6))
-    assert golden_model._idle[0].cache is kept
+    assert [held.decoder for held in golden_model._idle._held] == [kept.decoder]
 
 
 def test_a_call_inside_another_has_its_own_cache(golden_model: Model) -> None:
@@ -357,7 +357,7 @@ def test_a_call_inside_another_has_its_own_cache(golden_model: Model) -> None:
     expected = greedy(golden_model, ids)[0]
     (row,), _ = golden_model._unpadded(ids, None)
     (prompt,) = golden_model._embed([row], {"image": Media(None, None), "video": Media(None, None)})
-    sequence = golden_model._sequence(row, prompt, SamplingParams(max_tokens=len(expected)), ())
+    sequence = golden_model._sequence(prompt, SamplingParams(max_tokens=len(expected)), ())
     with golden_model._loop(1) as loop:
         for _ in loop.steps([sequence], Timings()):
             greedy(golden_model, other)

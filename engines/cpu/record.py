@@ -70,10 +70,15 @@ def folder_of(bundle: Bundle) -> Path:
     return bundle.directory / ENGINES / CPU
 
 
+def has_engine(bundle: Bundle) -> bool:
+    """Whether a bundle has a cpu engine, sound or not."""
+    return (folder_of(bundle) / RECORD).is_file()
+
+
 def read_record(bundle: Bundle) -> CpuRecord | None:
     """The record of a bundle's cpu engine, None where it has none. Raises OneVisionError where it is malformed."""
     path = folder_of(bundle) / RECORD
-    return CpuRecord.from_dict(read_json(path), path) if path.is_file() else None
+    return CpuRecord.from_dict(read_json(path), path) if has_engine(bundle) else None
 
 
 def check_part(bundle: Bundle, record: CpuRecord, part: str) -> None:
