@@ -31,12 +31,13 @@ _SECONDS = 300  # that a compiler may take
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """What kernels are compiled for: an architecture, what its CPUs must have, and how the compiler is told."""
+    """What kernels are compiled for: an architecture, what its CPUs must have, and how GCC, Clang and Zig are told."""
 
     name: str
     machine: str
     needs: frozenset[str]
     options: tuple[str, ...]
+    zig_cpu: str
 
     @property
     def file(self) -> str:
@@ -46,20 +47,27 @@ class Level:
 
 _V3 = frozenset({"avx2", "fma", "bmi1", "bmi2", "f16c", "movbe", "abm"})
 _V4 = _V3 | {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"}
-_X86 = ("-mprefer-vector-width=512",)
+_NO_HALVES = ("-mprefer-vector-width=512",)
 # The best first; each can do what the next one can.
 LEVELS = (
     Level(
         "avx512-bf16",
         "x86_64",
         _V4 | {"avx512_vnni", "avx512_bf16"},
-        ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", *_X86),
+        ("-march=x86-64-v4", "-mavx512vnni", "-mavx512bf16", *_NO_HALVES),
+        "x86_64_v4+avx512vnni+avx512bf16",
     ),
-    Level("avx512-vnni", "x86_64", _V4 | {"avx512_vnni"}, ("-march=x86-64-v4", "-mavx512vnni", *_X86)),
-    Level("avx2", "x86_64", _V3, ("-march=x86-64-v3",)),
-    Level("sse2", "x86_64", frozenset(), ("-march=x86-64",)),
-    Level("dotprod", "aarch64", frozenset({"asimddp"}), ("-march=armv8.2-a+dotprod",)),
-    Level("neon", "aarch64", frozenset(), ("-march=armv8-a",)),
+    Level(
+        "avx512-vnni",
+        "x86_64",
+        _V4 | {"avx512_vnni"},
+        ("-march=x86-64-v4", "-mavx512vnni", *_NO_HALVES),
+        "x86_64_v4+avx512vnni",
+    ),
+    Level("avx2", "x86_64", _V3, ("-march=x86-64-v3",), "x86_64_v3"),
+    Level("sse2", "x86_64", frozenset(), ("-march=x86-64",), "x86_64"),
+    Level("dotprod", "aarch64", frozenset({"asimddp"}), ("-march=armv8.2-a+dotprod",), "generic+v8_2a+dotprod"),
+    Level("neon", "aarch64", frozenset(), ("-march=armv8-a",), "generic"),
 )
 
 
@@ -118,7 +126,8 @@ def compile_level(level: Level) -> Path:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=target.parent) as room:
             made = Path(room) / level.file
-            words = [*command, *_FLAGS, *level.options, str(SOURCES / "engine.cpp"), "-o", str(made)]
+            options = (f"-mcpu={level.zig_cpu}",) if "ziglang" in command else level.options
+            words = [*command, *_FLAGS, *options, str(SOURCES / "engine.cpp"), "-o", str(made)]
             LOG.info("compiling the cpu engine's kernels for %s", level.name)
             done = subprocess.run(words, capture_output=True, text=True, timeout=_SECONDS, check=False)
             if done.returncode:
