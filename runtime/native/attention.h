@@ -189,11 +189,10 @@ void add_values(const uint8_t (*p)[TILE], const int8_t* values, int64_t d, const
 // Weights of one row's tile: rounded to bytes under one scale, which is returned; how far the sums so far shrink, too.
 template <int64_t T>
 float weigh(Running& w, int r, int64_t row, int64_t visible, const vf* vs, float most_scale, float* keep) {
-    const vi lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     float* x = w.scores[r];
     if (visible < T)
         for (int64_t t = 0; t < T; t += LANES)
-            store(x + t, lanes < splat((int32_t)(visible - t)) ? load<vf>(x + t) : splat(-INFINITY));
+            store(x + t, select(first_lanes(visible - t), load<vf>(x + t), splat(-INFINITY)));
     vf most[2] = {load<vf>(x), load<vf>(x + LANES)};
 #pragma GCC unroll 8
     for (int64_t t = 2 * LANES; t < T; t += 2 * LANES) {
@@ -280,12 +279,11 @@ void attend_tiles(const Step& s, const Call& c, const Rows& rows, Running& w) {
     constexpr int COUNT = T / LANES;
     int64_t d = s.head_dim, longest = begin(s, c, rows, w);
     Cache cache = cache_of(s, c, rows.sequence, rows.head);
-    const vi lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     for (int64_t tile = 0; tile < longest; tile += T) {
         vf vs[COUNT], most = {};
         for (int z = 0; z < COUNT; z++) {  // rows beyond the longest were never written
             vs[z] = load<vf>(cache.value_scales + tile + z * LANES);
-            vs[z] = lanes < splat((int32_t)(longest - tile - z * LANES)) ? vs[z] : vf{};
+            vs[z] = select(first_lanes(longest - tile - z * LANES), vs[z], vf{});
             most = max(most, vs[z]);
         }
         float most_scale = largest(most);

@@ -10,26 +10,28 @@ constexpr int PANEL = 32;
 constexpr int64_t FAR_ROWS = 256;  // of a product whose result leaves the caches before it is read
 constexpr int64_t UNIT = 128;  // bytes of a panel's unit
 
-// Adds the product of a block's rows with some groups of a panel, in 8-bit codes, to sums c [R][PANEL].
-template <int R>
-void codes_tile(const int32_t* x, const uint8_t* w, int64_t groups, int64_t group_units, int32_t zero, const float* xs,
-                const int32_t* sums, int64_t row_groups, const float* ws, int64_t ws_step, float* c) {
+// Adds the product of a block's rows with some groups of a panel, a byte a code, to sums c [R][PANEL]. FOUR: codes of four
+// bits, whose scales are those of groups; else of columns.
+template <int R, bool FOUR>
+void codes_tile(const int32_t* x, const uint8_t* w, int64_t groups, int64_t group_units, const float* xs,
+                const int32_t* sums, int64_t row_groups, const float* ws, float* c) {
+    constexpr int32_t ZERO = FOUR ? 8 : U8_ZERO;
     for (int64_t g = 0; g < groups; g++) {
         vi acc[R][2];
 #pragma GCC unroll 12
-        for (int m = 0; m < R; m++) acc[m][0] = acc[m][1] = splat(-zero * sums[m * row_groups + g]);
+        for (int m = 0; m < R; m++) acc[m][0] = acc[m][1] = splat(-ZERO * sums[m * row_groups + g]);
         for (int64_t u = 0; u < group_units; u++) {
             vb w0 = load<vb>(w), w1 = load<vb>(w + 64);
             w += UNIT;
 #pragma GCC unroll 12
             for (int m = 0; m < R; m++) {
-                acc[m][0] = dot_u8(acc[m][0], w0, x[m]);
-                acc[m][1] = dot_u8(acc[m][1], w1, x[m]);
+                acc[m][0] = FOUR ? dot_u4(acc[m][0], w0, x[m]) : dot_u8(acc[m][0], w0, x[m]);
+                acc[m][1] = FOUR ? dot_u4(acc[m][1], w1, x[m]) : dot_u8(acc[m][1], w1, x[m]);
             }
             x += R;
         }
         vf s0 = load<vf>(ws), s1 = load<vf>(ws + LANES);
-        ws += ws_step;
+        if (FOUR) ws += PANEL;
 #pragma GCC unroll 12
         for (int m = 0; m < R; m++) {
             float scale = xs[m * row_groups + g];
@@ -38,6 +40,10 @@ void codes_tile(const int32_t* x, const uint8_t* w, int64_t groups, int64_t grou
             store(to + LANES, load<vf>(to + LANES) + to_float(acc[m][1]) * scale * s1);
         }
     }
+}
+
+inline vb high_nibbles(vb w) {
+    return as<vb>(as<vu>(w) >> 4) & 15;
 }
 
 // The same for all groups of a panel, straight from 4-bit codes: for rows so few that they are not worth unpacking for.
@@ -57,7 +63,7 @@ void nibbles_tile(const int32_t* x, const uint8_t* w, int64_t groups, int64_t gr
             __builtin_prefetch(w + 4096 + 64);
             vb w0 = load<vb>(w), w1 = load<vb>(w + 64);
             w += UNIT;
-            vb h0 = (vb)((vu)w0 >> 4) & 15, h1 = (vb)((vu)w1 >> 4) & 15;
+            vb h0 = high_nibbles(w0), h1 = high_nibbles(w1);
             w0 &= 15;
             w1 &= 15;
 #pragma GCC unroll 12
@@ -103,8 +109,8 @@ void floats_tile(const int32_t* x, const uint8_t* w, int64_t count, float* c) {
             } else {
                 float v;
                 std::memcpy(&v, x + m, 4);
-                acc[m][0] += (vf)w0 * v;
-                acc[m][1] += (vf)w1 * v;
+                acc[m][0] += as<vf>(w0) * v;
+                acc[m][1] += as<vf>(w1) * v;
             }
         }
         x += R;
@@ -122,7 +128,7 @@ inline void unpack(const uint8_t* w, int64_t pairs, uint8_t* out) {
         for (int half = 0; half < UNIT; half += 64) {
             vb both = load<vb>(w + half);
             store(out + half, both & 15);
-            store(out + UNIT + half, (vb)((vu)both >> 4) & 15);
+            store(out + UNIT + half, high_nibbles(both));
         }
 }
 
@@ -216,10 +222,13 @@ void add_tile(const Step& s, const Operands& o, int64_t start, int64_t first, in
     const int32_t* x = o.units + start * o.width + first * R;
     if (s.weights == PAIRS) return floats_tile<R, true>(x, w, last - first, sums);
     if (s.weights == FLOATS) return floats_tile<R, false>(x, w, last - first, sums);
-    int64_t g = first / o.group_units, place = start * o.groups + g;
-    const float* ws = o.panel_scales + (o.four ? g * PANEL : 0);
-    codes_tile<R>(x, w, (last - first) / o.group_units, o.group_units, o.four ? 8 : U8_ZERO, o.scales + place,
-                  o.sums + place, o.groups, ws, o.four ? PANEL : 0, sums);
+    int64_t g = first / o.group_units, place = start * o.groups + g, groups = (last - first) / o.group_units;
+    const float* xs = o.scales + place;
+    const int32_t* xsums = o.sums + place;
+    if (o.four)
+        codes_tile<R, true>(x, w, groups, o.group_units, xs, xsums, o.groups, o.panel_scales + g * PANEL, sums);
+    else
+        codes_tile<R, false>(x, w, groups, o.group_units, xs, xsums, o.groups, o.panel_scales, sums);
 }
 
 using AddTile = void (*)(const Step&, const Operands&, int64_t, int64_t, int64_t, const uint8_t*, float*);

@@ -46,10 +46,10 @@ inline void quantize(const float* x, int64_t k, int64_t group, float fixed, int8
         for (int64_t i = 0; i < whole; i += LANES) {
             vf v = load<vf>(from + i);
             v = fixed != 0 ? v / fixed : v * inverse;
-            v = v > splat(127.0f) ? splat(127.0f) : v < splat(-128.0f) ? splat(-128.0f) : v;
+            v = max(min(v, splat(127.0f)), splat(-128.0f));
             vi code = round(v);
             total += code;
-            store(to + i, narrow(code));
+            store_codes(to + i, code);
         }
         int32_t rest = 0;
         for (int64_t i = whole; i < count; i++) {
