@@ -12,12 +12,12 @@ constexpr int64_t UNIT = 128;  // bytes of a panel's unit
 
 // Adds the product of a block's rows with some groups of a panel, in 8-bit codes, to sums c [R][PANEL].
 template <int R>
-void codes_tile(const int32_t* x, const uint8_t* w, int64_t groups, int64_t group_units, int32_t zero, const float* xs,
-                const int32_t* sums, int64_t row_groups, const float* ws, int64_t ws_step, float* c) {
+void codes_tile(const int32_t* x, const uint8_t* w, int64_t groups, int64_t group_units, const float* xs, const int32_t* sums,
+                int64_t row_groups, const float* ws, int64_t ws_step, float* c) {
     for (int64_t g = 0; g < groups; g++) {
         vi acc[R][2];
 #pragma GCC unroll 12
-        for (int m = 0; m < R; m++) acc[m][0] = acc[m][1] = splat(-zero * sums[m * row_groups + g]);
+        for (int m = 0; m < R; m++) acc[m][0] = acc[m][1] = splat(-U8_ZERO * sums[m * row_groups + g]);
         for (int64_t u = 0; u < group_units; u++) {
             vb w0 = load<vb>(w), w1 = load<vb>(w + 64);
             w += UNIT;
@@ -116,13 +116,13 @@ void floats_tile(const int32_t* x, const uint8_t* w, int64_t count, float* c) {
     }
 }
 
-// Two units of codes from each unit of nibbles.
+// Two units of codes from each unit of nibbles, as 8-bit ones are stored: 128 is zero.
 inline void unpack(const uint8_t* w, int64_t pairs, uint8_t* out) {
     for (int64_t i = 0; i < pairs; i++, w += UNIT, out += 2 * UNIT)
         for (int half = 0; half < UNIT; half += 64) {
             vb both = load<vb>(w + half);
-            store(out + half, both & 15);
-            store(out + UNIT + half, (vb)((vu)both >> 4) & 15);
+            store(out + half, (both & 15) + 120);
+            store(out + UNIT + half, ((vb)((vu)both >> 4) & 15) + 120);
         }
 }
 
@@ -218,8 +218,8 @@ void add_tile(const Step& s, const Operands& o, int64_t start, int64_t first, in
     if (s.weights == FLOATS) return floats_tile<R, false>(x, w, last - first, sums);
     int64_t g = first / o.group_units, place = start * o.groups + g;
     const float* ws = o.panel_scales + (o.four ? g * PANEL : 0);
-    codes_tile<R>(x, w, (last - first) / o.group_units, o.group_units, o.four ? 8 : U8_ZERO, o.scales + place,
-                  o.sums + place, o.groups, ws, o.four ? PANEL : 0, sums);
+    codes_tile<R>(x, w, (last - first) / o.group_units, o.group_units, o.scales + place, o.sums + place,
+                  o.groups, ws, o.four ? PANEL : 0, sums);
 }
 
 using AddTile = void (*)(const Step&, const Operands&, int64_t, int64_t, int64_t, const uint8_t*, float*);
