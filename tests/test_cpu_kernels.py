@@ -147,6 +147,18 @@ def test_sums_of_codes_are_exact(level: Pool, form: Form) -> None:
         np.testing.assert_array_equal(stepping.product(level, x[:rows], exact, weights), wanted[:rows])
 
 
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("weights", ["codes4", "codes8"])
+def test_sums_of_the_largest_codes_are_exact(level: Pool, weights: str, sign: int) -> None:
+    """Where instructions saturate, they do so here; a fixed scale's codes end at 127 on both sides."""
+    form = Form("int8", weights, 128, 0.5)
+    for w in (-8, 7) if weights == "codes4" else (-128, -127, 127):
+        matrix = Matrix(np.full((256, 33), w, np.int8), np.ones((2 if weights == "codes4" else 1, 33), np.float32))
+        x = np.full((3, 256), sign * 1e6, np.float32)
+        found = stepping.product(level, x, form, matrix)
+        np.testing.assert_array_equal(found, np.full((3, 33), 0.5 * 256 * sign * 127 * w))
+
+
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("epilogue", ["write", "add", "gelu", "gelu_tanh", "quick_gelu", "gated"])
 def test_epilogues(level: Pool, form: Form, epilogue: str) -> None:
