@@ -650,6 +650,19 @@ def test_what_a_cache_held_before_does_not_matter(level: Pool) -> None:
                 np.testing.assert_array_equal(a, b)
 
 
+def test_zeros_and_extremes_give_numbers(level: Pool) -> None:
+    """A token whose embedding is zero has queries, keys and values of zero; and heads may be huge or tiny."""
+    for factor in (0, 1e-43, 1e-30, 1e15):
+        for normed in (True, False) if factor < 1e15 else (True,):
+            for tokens in (1, 3, 70):
+                heads = Heads(level, 4, 2, 32, normed=normed)
+                x = normal(1, tokens, 8, 32)
+                x[:, tokens // 2] *= np.float32(factor)
+                found = heads(x)
+                assert np.isfinite(found).all(), (factor, normed, tokens)
+                assert np.abs(found).max() <= 1.01 * np.abs(x[:, :, 6:]).max()
+
+
 def test_chunks_are_what_the_whole_is(level: Pool) -> None:
     """Attention of a prompt in one call, in sevens and token by token."""
     x = heads_of(np.random.default_rng(0), Heads(level, 4, 2, 32), 150)
