@@ -390,6 +390,59 @@ def test_a_node_of_another_kind_is_refused(
     assert any(value in message for value in names), message
 
 
+@pytest.mark.parametrize("precision", ["fp16", "fp32"])
+@pytest.mark.parametrize("index", [0, 1, 2, 3])
+def test_a_transpose_by_another_order_is_refused(edited: Callable[..., Edited], precision: str, index: int) -> None:
+    """Of queries, keys (in plain products twice), values and merged heads."""
+    graph = edited("decoder", precision)
+    node = graph.node("Transpose", "layers.1.self_attn", index)
+    perm = list(helper.get_attribute_value(node.attribute[0]))
+    node.attribute[0].CopyFrom(helper.make_attribute("perm", [*perm[:-2], perm[-1], perm[-2]]))
+    assert f"{node.output[0]} is transposed by" in graph.refused()
+
+
+@pytest.mark.parametrize("precision", ["fp16", "fp32", "cache"])
+def test_another_mask_is_refused(edited: Callable[..., Edited], precision: str) -> None:
+    """A mask by other positions, of another comparison, or none."""
+    graph = edited("decoder", precision)
+    compared = graph.node("LessOrEqual")
+    unsqueezed = next(n for n in graph.model.graph.node if n.output[0] == compared.input[1])
+    unsqueezed.input[0] = "write_indices"
+    assert f"the mask {compared.output[0]} is not of position_ids" in graph.refused()
+    unsqueezed.input[0] = "position_ids"
+    compared.op_type = "Less"
+    assert f"{compared.output[0]} is made by Less" in graph.refused()
+    compared.op_type = "LessOrEqual"
+    if precision == "fp16":
+        node = graph.node("Attention", "layers.1")
+        del node.input[3:]
+        merged = next(
+            n for n in graph.model.graph.node if n.op_type == "Reshape" and "layers.1.self_attn" in n.input[0]
+        )
+        assert "is attention without a mask" in graph.refused()
+        assert merged.output
+
+
+def test_a_tower_with_a_mask_is_refused(edited: Callable[..., Edited]) -> None:
+    graph = edited("vision")
+    graph.node("Attention", "blocks.0").input.append("patch_positions")
+    assert "is attention with a mask" in graph.refused()
+
+
+def test_other_angles_are_refused(edited: Callable[..., Edited]) -> None:
+    graph = edited()
+    node = graph.node("RotaryEmbedding", "layers.0")
+    cosines, sines = node.input[1], node.input[2]
+    node.input[2] = cosines
+    assert f"{cosines} is made by Cos" in graph.refused()
+    node.input[2] = sines
+    node.attribute.append(helper.make_attribute("interleaved", 1))
+    assert f"{node.output[0]} is not turned by one angle" in graph.refused()
+    node.attribute.pop()
+    graph.node("Cast", "model.Cast").input[0] = "write_indices"
+    assert "its angles are not of position_ids" in graph.refused()
+
+
 def test_other_streams_are_refused(edited: Callable[..., Edited]) -> None:
     """A layer that reads another layer's sum, an MLP whose halves read different values."""
     graph = edited()
