@@ -6,7 +6,9 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,6 +19,8 @@ import pytest
 from safetensors.numpy import save_file
 
 import onevision_edge
+from onevision_edge.runtime import kernels
+from onevision_edge.runtime.cpu_library import Library
 from onevision_edge.runtime.model import Model
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
@@ -110,6 +114,23 @@ def mounted(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
     yield mount
     if directory.exists():
         subprocess.run(["umount", "-l", str(directory)], check=True)
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Library]]:
+    """The cpu engine's kernels at a level of this CPU, by its name; all are compiled at once, for the tests alone."""
+    if kernels.compiler() is None:
+        pytest.skip("there is no C++ compiler for the cpu engine's kernels: install g++ or clang++")
+    found = {level.name: level for level in kernels.levels()}
+    if not found:
+        pytest.skip(f"the cpu engine has no kernels for {kernels.machine()}")
+    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(2) as workers:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        made = {
+            name: workers.submit(lambda level: kernels.find(level) or kernels.compile_level(level), level)
+            for name, level in found.items()
+        }
+        yield cache(lambda name: Library(made[name].result()))
 
 
 def tiny_config(**changes: Any) -> dict[str, Any]:

@@ -6,6 +6,7 @@ activation and residual sum into the product that they follow; normalisation and
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import gcd
 from typing import Any
 
 import numpy as np
@@ -22,6 +23,7 @@ COMPUTE = ("fp32", "bf16", "int8")  # what products run in whose weights a bundl
 GROUPS = (512, 256, 128)
 ALL_ROWS, ANSWER_ROWS = 0, 1  # decoder: indices of a call's counts
 PATCHES, ROWS, TOKENS = 0, 1, 2  # vision
+MOST_WIDTH = 256  # of a head
 _EIGHT_BIT = {TensorProto.INT8}
 _FOUR_BIT = {TensorProto.INT4}
 _UNIT = {"int8": 4, "bf16": 2, "fp32": 1}  # values of a row in four bytes
@@ -53,7 +55,7 @@ class Compiler:
         part = inputs // joined
         group = next((g for g in GROUPS if part % g == 0), part)
         if kind in _FOUR_BIT and inputs % 8 == 0:
-            return Form("int8", "codes4", one.block or group)
+            return Form("int8", "codes4", gcd(one.block or group, part))
         if kind in _EIGHT_BIT and not one.block and inputs % 4 == 0:
             return Form("int8", "codes8", group, one.scale or 0.0)
         if self.compute == "int8" and not one.scales and inputs % 4 == 0:
@@ -177,6 +179,11 @@ class Compiler:
         if self.graph.root(before.source) != stream or any(one.source != products[0].source for one in products):
             raise MismatchError(
                 f"{self.graph.path}: the attention over {products[0].source} does not read the stream alone"
+            )
+        if found.head_dim % 16 or found.head_dim > MOST_WIDTH or found.heads % found.kv_heads:
+            raise MismatchError(
+                f"{self.graph.path}: {found.heads} heads of {found.head_dim} over {found.kv_heads}, where the cpu "
+                f"engine knows whole groups of heads, of a multiple of 16 up to {MOST_WIDTH}"
             )
         queries, keys = found.heads * found.head_dim, found.kv_heads * found.head_dim
         stride, column = queries + 2 * keys, 0

@@ -7,8 +7,11 @@ pattern raises MismatchError, which names the value.
 from dataclasses import dataclass
 
 import numpy as np
+from onnx import NodeProto
 
 from .graph import Graph, MismatchError, attribute, sides
+
+HEADS_FIRST = [0, 2, 1, 3]  # tokens and heads change places
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,33 +149,46 @@ def gelu(graph: Graph, value: str) -> Gelu:
 def attention(graph: Graph, value: str) -> Attention:
     """Attention whose heads are merged again: Reshape of Transpose."""
     merged = graph.made_by(graph.made_by(value, "Reshape").input[0], "Transpose")
-    _check_heads_first(graph, merged)
+    _check_perm(graph, merged, HEADS_FIRST)
     if graph.is_made_by(merged.input[0], "Attention"):
         node = graph.made_by(merged.input[0], "Attention")
         query, keys, values = node.input[:3]
-        scale = attribute(node, "scale")
+        scale, mask = attribute(node, "scale"), next((name for name in node.input[3:] if name), None)
     else:
-        query, keys, values, scale = _products(graph, merged.input[0])
+        query, keys, values, scale, mask = _products(graph, merged.input[0])
     cache, key = _written(graph, keys)
+    _check_mask(graph, value, mask, cache)
     _, new_values = _written(graph, values)
     q = split(graph, query)
     shape, kv_shape = (split_shape(graph, x) for x in (query, key))
     return Attention(q, split(graph, key), split(graph, new_values), scale, shape[0], kv_shape[0], shape[1], cache)
 
 
-def _products(graph: Graph, value: str) -> tuple[str, str, str, float]:
-    """Attention in plain products: queries, keys, values and the scale of the scores."""
+def _products(graph: Graph, value: str) -> tuple[str, str, str, float, str | None]:
+    """Attention in plain products: queries, keys, values, the scale of the scores, and the mask if there is one."""
     weighted = graph.made_by(graph.made_by(value, "Reshape").input[0], "MatMul")
     values = graph.made_by(weighted.input[1], "Unsqueeze").input[0]
-    scores = graph.made_by(weighted.input[0], "Softmax").input[0]
+    scores, mask = graph.made_by(weighted.input[0], "Softmax").input[0], None
     if graph.is_made_by(scores, "Where"):
         where = graph.made_by(scores, "Where")
-        graph.made_by(graph.made_by(where.input[0], "Unsqueeze").input[0], "LessOrEqual")
-        scores = where.input[1]
+        mask, scores = graph.made_by(where.input[0], "Unsqueeze").input[0], where.input[1]
     product = graph.made_by(scores, "MatMul")
-    keys = graph.made_by(graph.made_by(product.input[1], "Transpose").input[0], "Unsqueeze").input[0]
+    columns = graph.made_by(product.input[1], "Transpose")
+    _check_perm(graph, columns, [0, 1, 2, 4, 3])
+    keys = graph.made_by(columns.input[0], "Unsqueeze").input[0]
     scaled = graph.made_by(graph.made_by(product.input[0], "Reshape").input[0], "Mul")
-    return scaled.input[0], keys, values, graph.number(scaled.input[1])
+    return scaled.input[0], keys, values, graph.number(scaled.input[1]), mask
+
+
+def _check_mask(graph: Graph, value: str, mask: str | None, cache: str | None) -> None:
+    """Over a cache a token sees the rows up to its own; without one, all."""
+    if (mask is None) != (cache is None):
+        raise MismatchError(f"{graph.path}: {value} is attention {'with' if mask else 'without'} a mask")
+    if mask is not None:
+        compared = graph.made_by(mask, "LessOrEqual")
+        graph.made_by(compared.input[0], "Range")
+        if graph.made_by(compared.input[1], "Unsqueeze").input[0] != "position_ids":
+            raise MismatchError(f"{graph.path}: the mask {mask} is not of position_ids")
 
 
 def _written(graph: Graph, value: str) -> tuple[str | None, str]:
@@ -192,9 +208,14 @@ def split(graph: Graph, value: str) -> Heads:
     cosines = None
     if graph.is_made_by(value, "RotaryEmbedding"):
         node = graph.made_by(value, "RotaryEmbedding")
+        angles_of = [
+            graph.made_by(name, kind).input[0] for name, kind in zip(node.input[1:3], ("Cos", "Sin"), strict=True)
+        ]
+        if angles_of[0] != angles_of[1] or attribute(node, "interleaved", 0):
+            raise MismatchError(f"{graph.path}: {node.output[0]} is not turned by one angle, half by half")
         value, cosines = node.input[0], node.input[1]
     heads = graph.made_by(value, "Transpose")
-    _check_heads_first(graph, heads)
+    _check_perm(graph, heads, HEADS_FIRST)
     found = norm(graph, heads.input[0]) if graph.is_made_by(heads.input[0], "RMSNormalization") else None
     reshaped = graph.made_by(found.source if found else heads.input[0], "Reshape")
     return Heads(reshaped.input[0], found, cosines)
@@ -208,9 +229,9 @@ def split_shape(graph: Graph, value: str) -> tuple[int, int]:
     return int(shape[2]), int(shape[3])
 
 
-def _check_heads_first(graph: Graph, node: object) -> None:
-    if list(attribute(node, "perm", [])) != [0, 2, 1, 3]:  # type: ignore[arg-type]
-        raise MismatchError(f"{graph.path}: heads and tokens change places by {attribute(node, 'perm')}")  # type: ignore[arg-type]
+def _check_perm(graph: Graph, node: NodeProto, perm: list[int]) -> None:
+    if list(attribute(node, "perm", [])) != perm:
+        raise MismatchError(f"{graph.path}: {node.output[0]} is transposed by {attribute(node, 'perm')}, not {perm}")
 
 
 def residual(graph: Graph, value: str) -> tuple[str, str] | None:

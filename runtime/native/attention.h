@@ -74,7 +74,7 @@ inline void split_heads(const Step& s, const Call& c, int64_t m, float* work) {
         rotate(work, c.cosines + m * (d / 2), c.sines + m * (d / 2), d / 2);
         if (query) {
             quantize(work, d, d, 0, (int8_t*)c.buffers[QUERIES] + (m * s.heads + h) * d, scales + h, sums + h);
-            scales[h] *= s.scale * LOG2E;
+            scales[h] = std::max(scales[h] * s.scale * LOG2E, 1e-37f);  // of zeros, too: it is multiplied by infinity
             continue;
         }
         Cache to = cache_of(s, c, sequence, h - s.heads);

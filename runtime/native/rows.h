@@ -27,7 +27,8 @@ struct Blocks {
     }
 };
 
-// A row of k floats as INT8 codes: absolute maximum of each group / 127, or one scale for all.
+// A row of k floats as INT8 codes: absolute maximum of each group / 127, or one scale for all. -128 is no code: some
+// instruction sets multiply by changing signs.
 inline void quantize(const float* x, int64_t k, int64_t group, float fixed, int8_t* codes, float* scales, int32_t* sums) {
     for (int64_t g = 0; g * group < k; g++) {
         const float* from = x + g * group;
@@ -46,7 +47,7 @@ inline void quantize(const float* x, int64_t k, int64_t group, float fixed, int8
         for (int64_t i = 0; i < whole; i += LANES) {
             vf v = load<vf>(from + i);
             v = fixed != 0 ? v / fixed : v * inverse;
-            v = max(min(v, splat(127.0f)), splat(-128.0f));
+            v = max(min(v, splat(127.0f)), splat(-127.0f));
             vi code = round(v);
             total += code;
             store_codes(to + i, code);
@@ -54,7 +55,7 @@ inline void quantize(const float* x, int64_t k, int64_t group, float fixed, int8
         int32_t rest = 0;
         for (int64_t i = whole; i < count; i++) {
             float v = fixed != 0 ? from[i] / fixed : from[i] * inverse;
-            to[i] = (int8_t)std::nearbyint(std::min(127.0f, std::max(-128.0f, v)));
+            to[i] = (int8_t)std::nearbyint(std::min(127.0f, std::max(-127.0f, v)));
             rest += to[i];
         }
         scales[g] = scale;
