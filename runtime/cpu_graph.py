@@ -116,9 +116,12 @@ class CpuGraph:
 
         inputs: pixel_values [images, patches, patch_dim] and patch_positions [patches, 2].
         """
-        pixels = float32(inputs["pixel_values"], self.fmt)
+        with self.pool.busy:
+            return [self._encode(float32(inputs["pixel_values"], self.fmt), inputs["patch_positions"])]
+
+    def _encode(self, pixels: np.ndarray, positions: np.ndarray) -> np.ndarray:
         images, patches = pixels.shape[:2]
-        angles = inputs["patch_positions"].astype(np.float32)[:, :, None] * self._frequencies
+        angles = positions.astype(np.float32)[:, :, None] * self._frequencies
         angles = np.vstack([self._class_angles[None], angles.reshape(patches, -1)])
         angles = np.tile(angles, (images, 1))
         merged = self.spec.outputs[0].shape[-1]
@@ -136,7 +139,36 @@ class CpuGraph:
         call.keys, call.values = map(ctypes.addressof, caches)
         self.execute(call)
         del held
-        return [output.reshape(images, -1, int(merged)).astype(self.fmt.numpy, copy=False)]
+        return output.reshape(images, -1, int(merged)).astype(self.fmt.numpy, copy=False)
+
+    def decode(
+        self,
+        embeds: np.ndarray,
+        positions: np.ndarray,
+        starts: np.ndarray,
+        rows: np.ndarray,
+        cache: tuple[Any, Any, int],
+        output: np.ndarray,
+        seconds: Any = None,
+    ) -> None:
+        """Append tokens [batch, tokens, D] to a cache and write the logits of some of them, [batch, n, vocab].
+
+        positions: [batch, tokens]; starts: [batch]; rows: [batch, n]. cache: addresses of keys and of values by layer,
+        and rows of each. seconds: c_double of each step, to add their times to.
+        """
+        batch, tokens = embeds.shape[:2]
+        starts = np.ascontiguousarray(starts, np.int64)
+        wanted = np.ascontiguousarray((rows + tokens * np.arange(batch)[:, None]).reshape(-1), np.int64)
+        angles = positions.reshape(-1, 1).astype(np.float32) * self._frequencies
+        keys, values, capacity = cache
+        call = Call(sequences=batch, tokens=tokens, capacity=capacity)
+        with self.pool.busy:
+            held = self._prepare(call, (batch * tokens, len(wanted)), angles, output)
+            self._array("stream")[: 4 * embeds.size].view(np.float32)[:] = float32(embeds, self.fmt).reshape(-1)
+            call.starts, call.indices = starts.ctypes.data, wanted.ctypes.data
+            call.keys, call.values = ctypes.addressof(keys), ctypes.addressof(values)
+            self.execute(call, seconds)
+            del held
 
     @property
     def _joined(self) -> int:
@@ -203,27 +235,19 @@ class CpuBinding:
         """Bind a contiguous array to receive the logits."""
         self._output = array
 
-    def run(self) -> None:
-        """Run on what is bound."""
-        self.execute()
-
-    def execute(self, seconds: Any = None) -> None:
-        """Run, and add the times of the steps to `seconds` where it is given."""
-        graph = self.graph
-        embeds = self._inputs["inputs_embeds"]
-        batch, tokens = embeds.shape[:2]
-        starts = np.ascontiguousarray(self._inputs["write_indices"], np.int64)
-        rows = self._inputs["logits_indices"] + tokens * np.arange(batch)[:, None]
-        positions = self._inputs["position_ids"].reshape(-1, 1).astype(np.float32)
-        call = Call(sequences=batch, tokens=tokens, capacity=self._capacity())
-        held = graph._prepare(call, (batch * tokens, rows.size), positions * graph._frequencies, self._output)
-        stream = graph._array("stream")[: 4 * embeds.size].view(np.float32)
-        stream[:] = float32(embeds, graph.fmt).reshape(-1)
-        rows = np.ascontiguousarray(rows.reshape(-1), np.int64)
-        call.starts, call.indices = starts.ctypes.data, rows.ctypes.data
-        call.keys, call.values = map(ctypes.addressof, self._pointers)
-        graph.execute(call, seconds)
-        del held
+    def run(self, seconds: Any = None) -> None:
+        """Run on what is bound. seconds: c_double of each step, to add their times to."""
+        found = self._inputs
+        capacity = self._capacity()
+        self.graph.decode(
+            found["inputs_embeds"],
+            found["position_ids"],
+            found["write_indices"],
+            found["logits_indices"],
+            (*self._pointers, capacity),
+            self._output,
+            seconds,
+        )
 
     def _capacity(self) -> int:
         """Rows of a cache; its addresses are taken at the first call."""

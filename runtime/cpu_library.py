@@ -1,6 +1,7 @@
 """The compiled kernels of runtime/native by ctypes: the structures of step.h, and a pool of threads that runs steps."""
 
 import ctypes
+import threading
 from collections.abc import Sequence
 from ctypes import POINTER, c_double, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
@@ -73,10 +74,11 @@ class Library:
 
 
 class Pool:
-    """Threads that sleep between calls."""
+    """Threads that sleep between calls. busy: held by the call that they and its graph's buffers are at work for."""
 
     def __init__(self, library: Any, handle: int) -> None:
         self._library = library
+        self.busy = threading.Lock()
         self._handle: int | None = handle
 
     def run(self, steps: Any, count: int, call: Call, seconds: Any = None) -> None:
