@@ -104,7 +104,8 @@ def measured(
     engines = [engine for engine in ENGINES if engine.name in models]
     roofline = measured_roofline(python, work, threads, patience, skipped)
     text = config["text_config"]
-    commands = {e.name: command_of(e, python, models[e.name], threads, text["vocab_size"], ROWS) for e in engines}
+    options = {"threads": threads, "rows": ROWS, "vocab_size": text["vocab_size"]}
+    commands = {engine.name: command_of(engine, python, models[engine.name], **options) for engine in engines}
     wanted = list(dict.fromkeys(what for cell in cells for what in CELLS[cell]))
     with closing(Pool(models, commands, work / "workers.log")) as pool:
         samples, failed = run_rounds(pool, engines, wanted, rounds, shape == "s", patience, say)

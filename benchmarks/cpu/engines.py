@@ -21,7 +21,7 @@ class Text:
 class Engine:
     """An engine in one configuration.
 
-    worker: module:class, which takes the model that `files` makes, the options, and what rounds.command_of adds.
+    worker: module:class. options: what it takes besides the model, which `files` makes.
     """
 
     name: str

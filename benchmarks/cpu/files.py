@@ -4,14 +4,16 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from onevision_edge.config import read_json
+from onevision_edge.export.checkpoint import locate
 
 BENCHMARKS = Path(__file__).resolve().parent.parent
 MAKE_CHECKPOINT = BENCHMARKS.parent / "tools" / "make_checkpoint.py"
 MAX_LENGTH = 4096
+DEMO = "demo"  # the shipped model, as a shape
 TEXT_FIELDS = (
     "hidden_size",
     "intermediate_size",
@@ -44,7 +46,9 @@ class Files:
         self.folder.mkdir(parents=True, exist_ok=True)
 
     def checkpoint(self) -> Path:
-        """The released layout, with the shipped model's tokenizer."""
+        """The released layout, with the shipped model's tokenizer; or the shipped model."""
+        if self.shape == DEMO:
+            return locate(DEMO)
         options = ("--shape", self.shape, "--tokenizer", "demo")
         return self._made("checkpoint", lambda path: self._run(sys.executable, MAKE_CHECKPOINT, path, *options))
 
@@ -56,7 +60,7 @@ class Files:
             path.mkdir()
             for file in checkpoint.iterdir():
                 if file.name != "config.json" and file.suffix != ".jinja":
-                    (path / file.name).symlink_to(Path("..") / checkpoint.name / file.name)
+                    (path / file.name).symlink_to(file.resolve())
             text = read_json(checkpoint / "config.json")["text_config"]
             config = {"architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "torch_dtype": "bfloat16"}
             config |= {"tie_word_embeddings": False, "bos_token_id": 0, "eos_token_id": 1}
@@ -87,13 +91,27 @@ class Files:
     def openvino_text(self) -> Path:
         """By optimum-intel: INT4, symmetric, groups of 128; embeddings and head in INT8."""
         export = ("export", "openvino", "--task", "text-generation-with-past", "--weight-format", "int4")
-        options = ("--sym", "--group-size", "128", "--ratio", "1.0", "-m", self.qwen3())
+        options = (
+            "--sym",
+            "--group-size",
+            "128",
+            "--group-size-fallback",
+            "adjust",
+            "--ratio",
+            "1.0",
+            "-m",
+            self.qwen3(),
+        )
         command = self.python.with_name("optimum-cli")
         return self._made("openvino-int4", lambda path: self._run(command, *export, *options, path))
 
     def onnx_genai(self) -> Path:
-        """By onnxruntime-genai's builder: INT4 in blocks of 32, the head too, products in INT8."""
+        """By onnxruntime-genai's builder: INT4 in blocks of 32, the head too, products in INT8.
+
+        The shipped model's reads embeddings in place of ids.
+        """
         options = ("-p", "int4", "-e", "cpu", "--extra_options", "int4_block_size=32", "int4_accuracy_level=4")
+        options = (*options, "exclude_embeds=true") if self.shape == DEMO else options
 
         def make(path: Path) -> None:
             places = ("-i", self.qwen3(), "-o", path, "-c", path.with_name("cache"))
@@ -124,10 +142,11 @@ class Files:
         return self._made("reference", lambda path: self._ours("export", self.checkpoint(), "-o", path, *options))
 
     def bundle(self) -> Path:
-        """Ours as a CPU gets it: INT4, head in INT8; rounded, since random weights have nothing to calibrate for."""
-        without = [word for name in ("awq", "gptq", "clip", "bias-correction") for word in ("--without", name)]
-        options = ("--target", "cpu", "--precision", "int4", "--max-length", MAX_LENGTH)
-        options = (*options, *without, "--no-evaluate", "--calibration-samples", 2)
+        """Ours as a CPU gets it: INT4, head in INT8. Random weights are rounded: they have nothing to calibrate for."""
+        options = ["--target", "cpu", "--precision", "int4", "--max-length", MAX_LENGTH, "--no-evaluate"]
+        if self.shape != DEMO:
+            options += [word for name in ("awq", "gptq", "clip", "bias-correction") for word in ("--without", name)]
+            options += ["--calibration-samples", 2]
         return self._made("bundle", lambda path: self._ours("quantize", self.checkpoint(), "-o", path, *options))
 
     def built_bundle(self) -> Path:
@@ -156,22 +175,16 @@ class Files:
         return path
 
     def _convert(self, *words: object) -> None:
-        self._run(self.python, "-m", "cpu.convert", *words)
+        self._run(self.python, "-m", "cpu.convert", *words, folder=BENCHMARKS)
 
     def _ours(self, *words: object) -> None:
         self._run(sys.executable, "-m", "onevision_edge", *words)
 
-    def _run(self, *words: object) -> None:
-        run_logged([str(word) for word in words], self.work / "conversions.log")
-
-
-def run_logged(command: Sequence[str], log: Path) -> None:
-    """Run a command at low priority. Raises UnavailableError with the last line that it printed."""
-    with open(log, "a+") as file:
-        try:
-            failed = subprocess.run(["nice", "-n", "15", *command], cwd=BENCHMARKS, stdout=file, stderr=file).returncode
-        except OSError as error:
-            raise UnavailableError(str(error)) from error
-    if failed:
-        lines = log.read_text(errors="replace").strip().splitlines()
-        raise UnavailableError(f"{Path(command[0]).name} failed ({log}): {lines[-1] if lines else failed}")
+    def _run(self, *words: object, folder: Path | None = None) -> None:
+        """Run a command at low priority. Raises UnavailableError with the last line that it printed."""
+        log, command = self.work / "conversions.log", ["nice", "-n", "15", *map(str, words)]
+        with open(log, "a") as file:
+            failed = subprocess.run(command, cwd=folder or self.folder, stdout=file, stderr=file).returncode
+        if failed:
+            *_, last = ["", *log.read_text(errors="replace").strip().splitlines()]
+            raise UnavailableError(f"{Path(command[3]).name} failed ({log}): {last}")

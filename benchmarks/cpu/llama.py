@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .worker import Reader
+from .worker import Reader, scored_rows
 
 
 class Text(Reader):
@@ -37,6 +37,25 @@ class Text(Reader):
 
     def keep(self, tokens: int) -> None:
         self.api.llama_memory_seq_rm(self.memory, 0, tokens, -1)
+
+    def score(self, rows: str, output: str) -> None:
+        """Write logits of scored_rows, [positions, vocab]."""
+        np.save(output, np.concatenate([self._logits_at(*row) for row in scored_rows(rows)]))
+
+    def _logits_at(self, embeds: np.ndarray, positions: np.ndarray) -> np.ndarray:
+        self.keep(0)
+        batch = self.api.llama_batch_init(len(embeds), embeds.shape[1], 1)
+        values = np.ascontiguousarray(embeds, np.float32)
+        ctypes.memmove(batch.embd, values.ctypes.data, values.nbytes)
+        batch.n_tokens = len(embeds)
+        for i in range(len(embeds)):
+            batch.pos[i], batch.n_seq_id[i], batch.seq_id[i][0] = i, 1, 0
+            batch.logits[i] = i in positions
+        if self.api.llama_decode(self.context, batch):
+            raise RuntimeError("llama_decode failed")
+        self.api.llama_batch_free(batch)
+        found = (self.api.llama_get_logits_ith(self.context, int(i)) for i in positions)
+        return np.stack([np.ctypeslib.as_array(logits, (self.vocab_size,)).copy() for logits in found])
 
     def last_logits(self) -> np.ndarray:
         return np.ctypeslib.as_array(self.api.llama_get_logits_ith(self.context, -1), (self.vocab_size,))

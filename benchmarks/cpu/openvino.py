@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from .worker import Reader, merge_order, seconds, seeded_ids, seeded_pixels
+from .worker import Reader, merge_order, scored_rows, seconds, seeded_ids, seeded_pixels
 
 
 def properties(threads: int, hint: str | None) -> dict[str, Any]:
@@ -49,8 +49,9 @@ class Stateful(Reader):
     def __init__(self, model: str, threads: int, vocab_size: int, hint: str | None = None) -> None:
         import openvino
 
-        compiled = openvino.Core().compile_model(f"{model}/openvino_model.xml", "CPU", properties(threads, hint))
-        self.request, self.vocab_size = compiled.create_infer_request(), vocab_size
+        self.core, self.vocab_size = openvino.Core(), vocab_size
+        self.model, self.properties = self.core.read_model(f"{model}/openvino_model.xml"), properties(threads, hint)
+        self.request = self.core.compile_model(self.model, "CPU", self.properties).create_infer_request()
 
     def read(self, ids: Sequence[int]) -> None:
         end = self.length + len(ids)
@@ -71,6 +72,37 @@ class Stateful(Reader):
 
     def last_logits(self) -> np.ndarray:
         return self.request.get_tensor("logits").data[0, -1]
+
+    def score(self, rows: str, output: str) -> None:
+        """Write logits of scored_rows, [positions, vocab]."""
+        request = self.core.compile_model(self._reading_embeddings(), "CPU", self.properties).create_infer_request()
+        found = []
+        for embeds, positions in scored_rows(rows):
+            count = len(embeds)
+            inputs = {
+                "inputs_embeds": embeds[None],
+                "input_ids": np.zeros((1, count), np.int64),
+                "attention_mask": np.ones((1, count), np.int64),
+                "position_ids": np.arange(count)[None],
+                "beam_idx": np.zeros(1, np.int32),
+            }
+            request.reset_state()
+            request.infer(inputs)
+            found.append(request.get_tensor("logits").data[0, positions].copy())
+        np.save(output, np.concatenate(found))
+
+    def _reading_embeddings(self) -> Any:
+        """The model with an input in place of what it gathers for its ids, which it takes for their number."""
+        from openvino import Type, opset13
+
+        (gather,) = (op for op in self.model.get_ops() if op.get_friendly_name().endswith("embedding/Gather"))
+        embeds = opset13.parameter([-1, -1, gather.get_output_partial_shape(0)[2].get_length()], Type.f32)
+        embeds.output(0).set_names({"inputs_embeds"})
+        for user in list(gather.output(0).get_target_inputs()):
+            user.replace_source_output(embeds.output(0))
+        self.model.add_parameters([embeds])
+        self.model.validate_nodes_and_infer_types()
+        return self.model
 
 
 class Vision:

@@ -9,7 +9,7 @@ from onevision_edge.runtime.generation import Timings
 from onevision_edge.runtime.sampling import SamplingParams
 from onevision_edge.runtime.token_model import Media
 
-from .worker import seconds, seeded_ids, seeded_pixels
+from .worker import scored_rows, seconds, seeded_ids, seeded_pixels
 
 
 class Model:
@@ -43,6 +43,12 @@ class Model:
     def logits(self, ids: list[int]) -> list[float]:
         """Of the last of some tokens."""
         return [float(value) for value in self.model.logits_at(np.array([len(ids) - 1]), np.array(ids))[0]]
+
+    def score(self, rows: str, output: str) -> None:
+        """Write logits of scored_rows, [positions, vocab]."""
+        with self.model._loop(1) as loop:
+            found = [loop.decoder.prefill(embeds, loop.chunk, at).copy() for embeds, at in scored_rows(rows)]
+        np.save(output, np.concatenate(found))
 
     def embeddings(self, height: int, width: int) -> list[list[float]]:
         """What the tower gives for that image: [tokens, D]."""

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from .worker import Reader, merge_order, seconds, seeded_pixels
+from .worker import Reader, merge_order, scored_rows, seconds, seeded_pixels
 
 
 class Text(Reader):
@@ -52,6 +52,15 @@ class Text(Reader):
 
     def last_logits(self) -> np.ndarray:
         return self.last.float().numpy()
+
+    def score(self, rows: str, output: str) -> None:
+        """Write logits of scored_rows, [positions, vocab]."""
+        import torch
+
+        with torch.inference_mode():
+            values = ((torch.from_numpy(embeds)[None].bfloat16(), at) for embeds, at in scored_rows(rows))
+            found = [self.decoder(inputs_embeds=x, use_cache=False).logits[0, at] for x, at in values]
+        np.save(output, torch.cat(found).float().numpy())
 
 
 class Vision:

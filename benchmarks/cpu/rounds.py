@@ -210,10 +210,8 @@ def bytes_of(path: Path) -> int:
     return sum(file.stat().st_size for file in files if file.is_file())
 
 
-def command_of(engine: Engine, python: Path, model: Path, threads: int, vocab_size: int, rows: int) -> list[str]:
-    """How to start an engine's worker."""
-    options: dict[str, Any] = {"model": str(model), "threads": threads, **engine.options}
-    if engine.text and not engine.ours:
-        options |= {"vocab_size": vocab_size} if engine.worker.startswith("cpu.openvino:") else {"rows": rows}
+def command_of(engine: Engine, python: Path, model: Path, **options: int) -> list[str]:
+    """How to start an engine's worker. options: threads, rows of its cache and vocab_size, for those that ask."""
     interpreter = sys.executable if engine.ours else str(python)
-    return [interpreter, "-m", "cpu.worker", engine.worker, json.dumps(options)]
+    known = {"model": str(model), **options, **engine.options}
+    return [interpreter, "-m", "cpu.worker", engine.worker, json.dumps(known)]

@@ -7,11 +7,12 @@ its answer has the result and the most memory, in bytes, that was resident until
 """
 
 import importlib
+import inspect
 import json
 import os
 import resource
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from time import perf_counter
 from typing import Any, TextIO
@@ -36,6 +37,13 @@ def merge_order(height: int, width: int) -> np.ndarray:
     grid = np.indices((height, width), np.int64).transpose(1, 2, 0)
     blocks = grid.reshape(height // 2, 2, width // 2, 2, 2)
     return blocks.transpose(0, 2, 1, 3, 4).reshape(-1, 2)
+
+
+def scored_rows(path: str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """What a decoder reads for each row, float32 [tokens, D], and where it is scored, int64 [n]."""
+    with np.load(path) as file:
+        for i in range(len(file.files) // 2):
+            yield file[f"embeds.{i}"], file[f"positions.{i}"]
 
 
 def seconds(action: Callable[[], Any]) -> float:
@@ -108,8 +116,10 @@ def _answer(action: Callable[[], Any]) -> str:
 
 
 def _load(name: str, options: dict[str, Any]) -> Any:
+    """An engine, given those of the options that its constructor names."""
     module, kind = name.split(":")
-    return getattr(importlib.import_module(module), kind)(**options)
+    engine = getattr(importlib.import_module(module), kind)
+    return engine(**{key: options[key] for key in inspect.signature(engine).parameters if key in options})
 
 
 def serve(name: str, options: dict[str, Any], requests: TextIO, answers: TextIO) -> None:
