@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from cpu.accuracy import APART, distance_record
 from cpu.engines import CELLS, ENGINES, Engine
 from cpu.figure import figure
 from cpu.files import Files, UnavailableError
@@ -92,6 +93,17 @@ def versions(python: Path) -> dict[str, str]:
     return {**ours, **{name: theirs[name] for name in VERSIONS if name in theirs}}
 
 
+def accuracy(
+    files: Files, engines: Sequence[Engine], cells: Sequence[str], options: Mapping[str, int]
+) -> dict[str, dict[str, Any]]:
+    """The cells that are distances from full precision."""
+    return {
+        cell: distance_record(cell, engines, APART[cell](files, engines, say, **options))
+        for cell in cells
+        if cell in APART
+    }
+
+
 def measured(
     work: Path, shape: str, cells: Sequence[str], names: Sequence[str], rounds: int, threads: int, patience: float
 ) -> dict[str, Any]:
@@ -106,12 +118,14 @@ def measured(
     text = config["text_config"]
     options = {"threads": threads, "rows": ROWS, "vocab_size": text["vocab_size"]}
     commands = {engine.name: command_of(engine, python, models[engine.name], **options) for engine in engines}
-    wanted = list(dict.fromkeys(what for cell in cells for what in CELLS[cell]))
+    wanted = list(dict.fromkeys(what for cell in cells if cell in CELLS for what in CELLS[cell]))
     with closing(Pool(models, commands, work / "workers.log")) as pool:
         samples, failed = run_rounds(pool, engines, wanted, rounds, shape == "s", patience, say)
     roofline = roofline.or_better(measured_roofline(python, work, threads, patience, {}))
-    limits = {cell: least_seconds(cell, engines, roofline, config) for cell in cells}
-    found = {cell: cell_record(cell, engines, samples, limits[cell]) for cell in cells}
+    timed = [cell for cell in cells if cell in CELLS]
+    limits = {cell: least_seconds(cell, engines, roofline, config) for cell in timed}
+    found = {cell: cell_record(cell, engines, samples, limits[cell]) for cell in timed}
+    found |= accuracy(files, engines, cells, options)
     return {
         "shape": shape,
         "cells": {cell: record for cell, record in found.items() if record},
@@ -144,7 +158,9 @@ def summary(record: Mapping[str, Any]) -> str:
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Directory of peers, models and logs.")
 @click.option("--setup", is_flag=True, help="Install the peers into WORK/peers, and stop.")
 @click.option("--shape", type=click.Choice(["s", "4b"]), default="s", show_default=True)
-@click.option("--cells", "cell_patterns", metavar="PATTERNS", help=f"Of {', '.join(CELLS)}; semicolons between.")
+@click.option(
+    "--cells", "cell_patterns", metavar="PATTERNS", help=f"Of {', '.join((*CELLS, *APART))}; semicolons between."
+)
 @click.option("--engines", "engine_patterns", metavar="PATTERNS", help="Of the engines' names; semicolons between.")
 @click.option("--rounds", type=click.IntRange(1), default=3, show_default=True)
 @click.option("--threads", type=click.IntRange(1), default=2, show_default=True)
@@ -169,7 +185,7 @@ def main(
     if setup:
         install(work / "peers", say)
         return
-    cells = matching(list(CELLS), cell_patterns)
+    cells = matching([*CELLS, *APART], cell_patterns)
     names = matching([engine.name for engine in ENGINES], engine_patterns)
     record = measured(work, shape, cells, names, rounds, threads, patience)
     if plot is not None:

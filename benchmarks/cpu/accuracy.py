@@ -19,10 +19,7 @@ from .rounds import Worker, command_of
 from .worker import seeded_ids
 
 PROMPTS = [(seed, 64) for seed in range(4)]  # a seed and a number of tokens
-# Workers that answer in place of others that give no logits, or read no embeddings.
-LOGITS = {"cpu.openvino:Pipeline": "cpu.openvino:Stateful"}
-SCORES = {**LOGITS, "cpu.onnx_genai:Text": "cpu.onnx_genai:Scoring"}
-CELLS = {"logits apart": "1 - cosine", "next tokens apart": "nats"}
+INSTEAD = {"cpu.openvino:Pipeline": "cpu.openvino:Stateful"}  # workers for those that give no logits
 
 Say = Callable[[str], None]
 
@@ -35,7 +32,7 @@ def logits_apart(files: Files, engines: Sequence[Engine], say: Say, **options: i
     prompts = [seeded_ids(tokens, options["vocab_size"], seed) for seed, tokens in PROMPTS]
 
     def logits(engine: Engine) -> np.ndarray:
-        with closing(_worker(files, engine, LOGITS, options)) as worker:
+        with closing(_worker(files, engine, options)) as worker:
             return np.array([worker.ask("logits", prompt) for prompt in prompts])
 
     reference = logits(Engine("full precision", "cpu.ours:Model", Files.reference))
@@ -55,7 +52,7 @@ def next_tokens_apart(files: Files, engines: Sequence[Engine], say: Say, **optio
     of_demo = {**options, "vocab_size": text.vocab_size, "rows": text.max_position_embeddings}
 
     def logits(engine: Engine) -> np.ndarray:
-        with closing(_worker(demo, engine, SCORES, of_demo)) as worker:
+        with closing(_worker(demo, engine, of_demo)) as worker:
             worker.ask("score", str(source), str(output))
         return np.load(output)
 
@@ -63,7 +60,11 @@ def next_tokens_apart(files: Files, engines: Sequence[Engine], say: Say, **optio
     return {name: float(divergence(reference, values).mean()) for name, values in found.items()}
 
 
-def record(cell: str, engines: Sequence[Engine], apart: Mapping[str, float]) -> dict[str, Any]:
+UNITS = {"logits apart": "1 - cosine", "next tokens apart": "nats"}
+APART = {"logits apart": logits_apart, "next tokens apart": next_tokens_apart}
+
+
+def distance_record(cell: str, engines: Sequence[Engine], apart: Mapping[str, float]) -> dict[str, Any]:
     """A cell of the report; the ratio is above 1 where ours is nearer."""
     ours = {engine.name: apart[engine.name] for engine in engines if engine.ours and engine.name in apart}
     peers = {engine.name: apart[engine.name] for engine in engines if not engine.ours and engine.name in apart}
@@ -71,7 +72,7 @@ def record(cell: str, engines: Sequence[Engine], apart: Mapping[str, float]) -> 
     best = min(peers, key=lambda name: peers[name], default=None)
     ratio = peers[best] / mine if best and mine else None
     return {
-        "unit": CELLS[cell],
+        "unit": UNITS[cell],
         "ours": mine,
         "variants": ours,
         "peers": peers,
@@ -103,8 +104,8 @@ def _each(engines: Sequence[Engine], logits: Callable[[Engine], np.ndarray], say
     return found
 
 
-def _worker(files: Files, engine: Engine, instead: Mapping[str, str], options: Mapping[str, int]) -> Worker:
-    worker = instead.get(engine.worker, engine.worker)
+def _worker(files: Files, engine: Engine, options: Mapping[str, int]) -> Worker:
+    worker = INSTEAD.get(engine.worker, engine.worker)
     command = command_of(replace(engine, worker=worker), files.python, engine.files(files), **options)
     return Worker(command, files.work / "workers.log")
 

@@ -2,17 +2,10 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from .worker import scored_rows, seconds, seeded_ids
-
-
-def configuration(folder: str) -> dict[str, Any]:
-    """Of the model in a folder of the builder's."""
-    found: dict[str, Any] = json.loads((Path(folder) / "genai_config.json").read_text())["model"]
-    return found
+from .worker import seconds, seeded_ids
 
 
 class Text:
@@ -26,7 +19,7 @@ class Text:
         session = {"intra_op_num_threads": threads}
         config.overlay(json.dumps({"model": {"decoder": {"session_options": session}}}))
         self.model = onnxruntime_genai.Model(config)
-        self.vocab_size = configuration(model)["vocab_size"]
+        self.vocab_size = json.loads((Path(model) / "genai_config.json").read_text())["model"]["vocab_size"]
 
     def prefill(self, tokens: int) -> float:
         """Seconds until a prompt is read and the first token known."""
@@ -52,31 +45,3 @@ class Text:
         params = self.api.GeneratorParams(self.model)
         params.set_search_options(max_length=self.rows, do_sample=False)
         self.generator = self.api.Generator(self.model, params)
-
-
-class Scoring:
-    """The builder's graph for embeddings, in ONNX Runtime: what the other does, from another input."""
-
-    def __init__(self, model: str, threads: int) -> None:
-        import onnxruntime
-
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        path = f"{model}/model.onnx"
-        self.session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-        decoder = configuration(model)["decoder"]
-        self.empty = np.empty((1, decoder["num_key_value_heads"], 0, decoder["head_size"]), np.float32)
-
-    def score(self, rows: str, output: str) -> None:
-        """Write logits of scored_rows, [positions, vocab]."""
-        np.save(output, np.concatenate([self._logits(embeds)[at] for embeds, at in scored_rows(rows)]))
-
-    def _logits(self, embeds: np.ndarray) -> np.ndarray:
-        count = len(embeds)
-        inputs = {"inputs_embeds": embeds[None], "attention_mask": np.ones((1, count), np.int64)}
-        for value in self.session.get_inputs():
-            if value.name.startswith("past_"):
-                inputs[value.name] = self.empty
-            elif value.name == "position_ids":
-                inputs[value.name] = np.arange(count)[None]
-        return self.session.run(["logits"], inputs)[0][0]

@@ -156,8 +156,8 @@ def _figure(name: str, record: Mapping[str, Any]) -> str:
 def _ratio(record: Mapping[str, Any]) -> str:
     if record["ratio_to_best"] is None:
         return ""
-    low, high = record["spread"]
-    return f"{record['ratio_to_best']:.2f} ({low:.2f} to {high:.2f})"
+    spread = "" if record["spread"] is None else " ({:.2f} to {:.2f})".format(*record["spread"])
+    return f"{record['ratio_to_best']:.2f}{spread}"
 
 
 def _percent(share: float | None) -> str:
