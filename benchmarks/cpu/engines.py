@@ -39,12 +39,12 @@ class Engine:
 
 _Q4_0, _Q8_0 = Text(4.5, 6.5625, 16), Text(8.5, 8.5, 16)
 _NNCF, _BUILDER, _BF16 = Text(4.125, 8, 8.25), Text(5, 5, 32), Text(16, 16, 16)
-_OURS = Text(4.25, 8, 32)
+_OURS, _OURS_CPU = Text(4.25, 8, 32), Text(4.25, 8, 8.25)
 
 # Ours come first; the last of them that there is stands for us.
 ENGINES = (
     Engine("ours, plain", "cpu.ours:Model", Files.bundle, text=_OURS, vision=True),
-    Engine("ours, cpu engine", "cpu.ours:Model", Files.built_bundle, {"engines": "cpu"}, _OURS, vision=True),
+    Engine("ours, cpu engine", "cpu.ours:Model", Files.built_bundle, {"engines": "cpu"}, _OURS_CPU, vision=True),
     Engine("llama.cpp Q4_0", "cpu.llama:Text", Files.gguf_q4, {"flash_attention": False}, _Q4_0),
     Engine("llama.cpp Q4_0, flash", "cpu.llama:Text", Files.gguf_q4, {"flash_attention": True}, _Q4_0),
     Engine("llama.cpp Q8_0", "cpu.llama:Text", Files.gguf_q8, {"flash_attention": False}, _Q8_0),

@@ -1,23 +1,19 @@
 """This package's own runtime, on ONNX Runtime or in the engine that `onevision-edge build` made."""
 
-from typing import Any
-
 import numpy as np
 
 import onevision_edge
 from onevision_edge.runtime.generation import Timings
 from onevision_edge.runtime.sampling import SamplingParams
-from onevision_edge.runtime.token_model import Media
 
 from .worker import scored_rows, seconds, seeded_ids, seeded_pixels
 
 
 class Model:
-    """A bundle. engines: what `onevision_edge.load` takes; ONNX Runtime without."""
+    """A bundle, without memory of earlier calls. engines: "cpu" for that engine, False for ONNX Runtime."""
 
-    def __init__(self, model: str, threads: int, engines: str | None = None) -> None:
-        options: dict[str, Any] = {"engines": engines} if engines else {"threads": threads}
-        self.model = onevision_edge.load(model, **options)
+    def __init__(self, model: str, threads: int, engines: str | bool = False) -> None:
+        self.model = onevision_edge.load(model, threads=threads, engines=engines, image_cache=0, prefix_caches=0)
         self.vocab_size = self.model.config.text.vocab_size
 
     def prefill(self, tokens: int) -> float:
@@ -56,10 +52,10 @@ class Model:
         return [[float(value) for value in row] for row in found]
 
     def _tokens(self, context: int, count: int) -> list[float]:
-        """Seconds of each new token, the first one's with the prompt's."""
+        """Seconds of each new token, the first one's with the prompt's. Nothing is drafted: a step is a token."""
         ids = np.array(seeded_ids(context, self.vocab_size))
-        (prompt,) = self.model._embed([ids], {"image": Media(None, None), "video": Media(None, None)})
-        sequence = self.model._sequence(ids, prompt, SamplingParams(max_tokens=count, ignore_eos=True), ())
+        (prompt,) = self.model._embed([ids], {})
+        params = SamplingParams(max_tokens=count, ignore_eos=True, speculate=0)
         with self.model._loop(1) as loop:
-            steps = loop.steps([sequence], Timings())
+            steps = loop.steps([self.model._sequence(prompt, params, ())], Timings())
             return [seconds(lambda: next(steps)) for _ in range(count)]
