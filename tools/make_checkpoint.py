@@ -59,7 +59,16 @@ TEXT = {
     "attention_bias": False,
     "hidden_act": "silu",
 }
-SHAPES = {
+SHAPES: dict[str, dict[str, Any]] = {
+    # The text half of Qwen3-0.6B, with the released tower.
+    "s": {
+        "hidden_size": 1024,
+        "intermediate_size": 3072,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 16,
+        "rope_theta": 1e6,
+        "max_position_embeddings": 40960,
+    },
     "4b": {"hidden_size": 2560, "intermediate_size": 9728, "rope_theta": 5e6, "max_position_embeddings": 262144},
     "8b": {"hidden_size": 4096, "intermediate_size": 12288, "rope_theta": 1e6, "max_position_embeddings": 40960},
 }
@@ -199,7 +208,7 @@ def write_checkpoint(
 
 @click.command()
 @click.argument("output", type=click.Path(path_type=Path))
-@click.option("--shape", type=click.Choice(sorted(SHAPES)), help="A released size.")
+@click.option("--shape", type=click.Choice(sorted(SHAPES)), help="4b and 8b are released; s is small.")
 @click.option("--config", "config_path", type=click.Path(exists=True, path_type=Path), help="Any config.json.")
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="bf16", show_default=True)
 @click.option("--layout", type=click.Choice(["released", "transformers"]), default="released", show_default=True)
