@@ -116,6 +116,10 @@ class CpuGraph:
 
         inputs: pixel_values [images, patches, patch_dim] and patch_positions [patches, 2].
         """
+        with self.pool.lock:
+            return self._run(inputs)
+
+    def _run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         pixels = float32(inputs["pixel_values"], self.fmt)
         images, patches = pixels.shape[:2]
         angles = inputs["patch_positions"].astype(np.float32)[:, :, None] * self._frequencies
@@ -209,6 +213,10 @@ class CpuBinding:
 
     def execute(self, seconds: Any = None) -> None:
         """Run, and add the times of the steps to `seconds` where it is given."""
+        with self.graph.pool.lock:
+            self._execute(seconds)
+
+    def _execute(self, seconds: Any) -> None:
         graph = self.graph
         embeds = self._inputs["inputs_embeds"]
         batch, tokens = embeds.shape[:2]

@@ -1,6 +1,7 @@
 """The compiled kernels of runtime/native by ctypes: the structures of step.h, and a pool of threads that runs steps."""
 
 import ctypes
+import threading
 from collections.abc import Sequence
 from ctypes import POINTER, c_double, c_float, c_int32, c_int64, c_void_p
 from pathlib import Path
@@ -73,9 +74,10 @@ class Library:
 
 
 class Pool:
-    """Threads that sleep between calls."""
+    """Threads that sleep between calls. lock: held by whoever runs a program on them, in buffers that it keeps."""
 
     def __init__(self, library: Any, handle: int) -> None:
+        self.lock = threading.Lock()
         self._library = library
         self._handle: int | None = handle
 
