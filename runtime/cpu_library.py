@@ -74,11 +74,11 @@ class Library:
 
 
 class Pool:
-    """Threads that sleep between calls. busy: held by the call that they and its graph's buffers are at work for."""
+    """Threads that sleep between calls. lock: held by whoever runs a program on them, in buffers that it keeps."""
 
     def __init__(self, library: Any, handle: int) -> None:
+        self.lock = threading.Lock()
         self._library = library
-        self.busy = threading.Lock()
         self._handle: int | None = handle
 
     def run(self, steps: Any, count: int, call: Call, seconds: Any = None) -> None:
