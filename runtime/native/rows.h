@@ -42,7 +42,7 @@ inline void quantize(const float* x, int64_t k, int64_t group, float fixed, int8
             for (int64_t i = whole; i < count; i++) scale = std::max(scale, std::fabs(from[i]));
             scale /= 127.0f;
         }
-        float inverse = scale > 0 ? 1.0f / scale : 0.0f;
+        float inverse = scale > 1e-37f ? 1.0f / scale : 0.0f;  // never infinite
         vi total = {};
         for (int64_t i = 0; i < whole; i += LANES) {
             vf v = load<vf>(from + i);
