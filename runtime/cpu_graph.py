@@ -10,7 +10,7 @@ import numpy as np
 from ..bundle import GraphSpec
 from ..config import VisionConfig, read_json
 from ..errors import OneVisionError
-from ..precision import FloatFormat, float32, float_format
+from ..precision import FloatFormat, float32, float_format, from_float32
 from .cpu_library import (
     EPILOGUES,
     KINDS,
@@ -139,7 +139,7 @@ class CpuGraph:
         call.keys, call.values = map(ctypes.addressof, caches)
         self.execute(call)
         del held
-        return output.reshape(images, -1, int(merged)).astype(self.fmt.numpy, copy=False)
+        return from_float32(output.reshape(images, -1, int(merged)), self.fmt)
 
     def decode(
         self,
