@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import shutil
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -185,6 +186,24 @@ def test_threads_change_no_bit(demo: Made) -> None:
     found = [onevision_edge.load(demo("int4"), threads=threads).logits(**inputs) for threads in (1, 2, 3)]
     np.testing.assert_array_equal(found[0], found[1])
     np.testing.assert_array_equal(found[0], found[2])
+
+
+def test_two_calls_at_once(demo: Made) -> None:
+    """From two threads, on one model: they take turns."""
+    model = onevision_edge.load(demo("fp16"), threads=2)
+    ids = [np.random.default_rng(i).integers(1, 400, (1, 20 + 30 * i)) for i in range(2)]
+    expected = [model.logits(one) for one in ids]
+    wrong: list[int] = []
+
+    def work(i: int) -> None:
+        wrong.extend(i for _ in range(30) if not np.array_equal(model.logits(ids[i]), expected[i]))
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert wrong == []
 
 
 def test_an_embedding_of_zeros_gives_logits(golden_engine: Callable[[str], Model]) -> None:
