@@ -1,7 +1,7 @@
 """A graph that was built for the CPU, loaded: its program, its weights in a mapped file, the kernels that run it."""
 
 import ctypes
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from ..bundle import GraphSpec
 from ..config import VisionConfig, read_json
 from ..errors import OneVisionError
 from ..precision import FloatFormat, float32, float_format, from_float32
+from .cpu_check import Needs, Place, check_shape
 from .cpu_library import (
     EPILOGUES,
     KINDS,
@@ -35,12 +36,12 @@ class CpuGraph:
     """A program and what it runs on. It takes what backend.Graph does, and its KV cache is of INT8 codes."""
 
     def __init__(self, folder: Path, part: str, spec: GraphSpec, pool: Pool) -> None:
-        self.spec, self.pool = spec, pool
+        self.spec, self.pool, self._decoder = spec, pool, part == "decoder"
         self.fmt: FloatFormat = float_format(spec.dtype)
         path = folder / f"{part}.json"
         try:
             self._load(read_json(path), np.memmap(folder / f"{part}.weights", np.uint8, "r"))
-        except (KeyError, TypeError, ValueError, OSError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, OSError) as error:
             raise OneVisionError(
                 f"{path} is not a program that this version reads ({error!r}): build it again"
             ) from error
@@ -54,26 +55,61 @@ class CpuGraph:
         named = [*_KNOWN_BUFFERS, *(name for name in self._sizes if name not in _KNOWN_BUFFERS)]
         self._buffers = {name: i for i, name in enumerate(named)}
         self.steps = [dict(step) for step in program["steps"]]
-        self._steps = (Step * len(self.steps))(*(self._step(step, len(weights)) for step in self.steps))
-        self._frequencies = np.array(program["frequencies"], np.float32)
-        self._class_angles = np.array(program["class_angles"], np.float32)
+        self._steps = (Step * len(self.steps))(*map(self._step, self.steps))
+        self._frequencies = np.array(program["frequencies"], np.float32).reshape(-1)
+        self._class_angles = np.array(program["class_angles"], np.float32).reshape(-1)
         self.heads, self.kv_heads = int(program["heads"]), int(program["kv_heads"])
         self.head_dim, self.layers = int(program["head_dim"]), int(program["layers"])
+        self._check(named)
 
-    def _step(self, step: Mapping[str, Any], size: int) -> Step:
-        """A step as the kernels take it; places outside the weights are refused."""
+    def _step(self, step: Mapping[str, Any]) -> Step:
+        """A step as the kernels take it."""
         found = Step(in_=-1, out=-1, w=-1, s=-1, b=-1)
         for name, value in step.items():
             if name in _NAMES:
+                if value not in _NAMES[name]:
+                    raise ValueError(f"{name} is {value!r}")
                 value = _NAMES[name].index(value)
             elif name in ("in_", "out"):
                 value = self._buffers[value]
-            elif name in ("w", "s", "b") and not 0 <= value < size:
-                raise ValueError(f"{name} is {value} in a file of {size} bytes")
             elif name == "nbytes":
                 continue
             setattr(found, name, value)
+            if getattr(found, name) != value and name not in ("eps", "scale"):
+                raise ValueError(f"{name} is {value!r}")
         return found
+
+    def _check(self, buffers: Sequence[str]) -> None:
+        """Raise ValueError where a step would leave its buffers, its cache or the file."""
+        inputs = {tensor.name: tensor.shape for tensor in self.spec.inputs}
+        output = next(tensor for tensor in self.spec.outputs if tensor.name in ("logits", "image_embeds"))
+        place = Place(
+            self._decoder,
+            int(output.shape[-1]),
+            len(self._weights),
+            self.heads,
+            self.kv_heads,
+            self.head_dim,
+            self.layers,
+        )
+        needs = Needs(place, buffers)
+        if self._decoder:
+            caches = [shape for name, shape in inputs.items() if name.startswith("past_key.")]
+            if {(self.kv_heads, self.head_dim)} != {(shape[1], shape[3]) for shape in caches}:
+                raise ValueError("its cache has other heads than the graph's")
+            if len(caches) != self.layers:
+                raise ValueError(f"it has {self.layers} layers, and the graph {len(caches)}")
+            check_shape(place, len(self._frequencies))
+            needs.need("stream", 0, 4 * int(inputs["inputs_embeds"][-1]))
+        else:
+            check_shape(place, 2 * len(self._frequencies))
+            check_shape(place, len(self._class_angles))
+            if self.layers != 1 or sum(bool(step.skip_first) for step in self._steps) != 1:
+                raise ValueError("it has other rows than a tower's")
+            needs.need("input", 0, 4 * int(inputs["pixel_values"][-1]))
+        for step in self._steps:
+            needs.add(step)
+        needs.check(self._sizes)
 
     cache_dtype = np.dtype(np.uint8)
     tokens_per_call: int | None = None
@@ -121,6 +157,8 @@ class CpuGraph:
 
     def _encode(self, pixels: np.ndarray, positions: np.ndarray) -> np.ndarray:
         images, patches = pixels.shape[:2]
+        if patches % self._joined:
+            raise OneVisionError(f"{patches} patches do not make whole tokens of {self._joined}")
         angles = positions.astype(np.float32)[:, :, None] * self._frequencies
         angles = np.vstack([self._class_angles[None], angles.reshape(patches, -1)])
         angles = np.tile(angles, (images, 1))

@@ -28,6 +28,7 @@ from onevision_edge.errors import OneVisionError
 from onevision_edge.precision.plan import default_plan
 from onevision_edge.runtime import kernels
 from onevision_edge.runtime.backend import Graph
+from onevision_edge.runtime.cpu_engine import CpuEngine
 from onevision_edge.runtime.cpu_graph import CpuGraph
 from onevision_edge.runtime.cpu_library import Library
 from onevision_edge.runtime.model import Model
@@ -333,6 +334,216 @@ def test_kernels_that_do_not_load(
     (tmp_path / kernels.levels()[0].file).write_bytes(b"not a library")
     monkeypatch.setenv(kernels.DIRECTORY, str(tmp_path))
     fallen_back(copied, caplog, "is not a library of kernels that loads here")
+
+
+# Programs that were edited
+
+
+def reloaded(path: Path, part: str, change: Callable[[dict[str, Any]], Any]) -> CpuGraph:
+    """A part whose program was changed."""
+    file = path / "engines" / "cpu" / f"{part}.json"
+    edited = json.loads(file.read_text())
+    change(edited)
+    file.write_text(json.dumps(edited))
+    opened = Bundle.open(path)
+    return CpuGraph(file.parent, part, opened.graph(part), CpuEngine(threads=1).pool())
+
+
+def step_of(edited: dict[str, Any], op: str, index: int = 0, **has: Any) -> dict[str, Any]:
+    """A step of a kind that has some settings."""
+    steps: list[dict[str, Any]] = edited["steps"]
+    return [s for s in steps if s["op"] == op and all(s.get(name) == value for name, value in has.items())][index]
+
+
+@pytest.mark.parametrize(
+    ("part", "op", "setting", "value", "reason"),
+    [
+        ("decoder", "product", "w", 1 << 40, "lie outside a file of"),
+        ("decoder", "product", "w", -64, "lie outside a file of"),
+        ("decoder", "product", "s", 1 << 40, "lie outside a file of"),
+        ("vision", "product", "b", 1 << 40, "lie outside a file of"),
+        ("decoder", "product", "n", 1 << 20, "impossible columns"),
+        ("decoder", "product", "n", 0, "impossible columns"),
+        ("decoder", "product", "stride", 1 << 20, "for a row, and the steps need"),
+        ("decoder", "product", "column", 1 << 20, "impossible columns"),
+        ("decoder", "product", "column", -8, "negative or beyond all measure"),
+        ("decoder", "product", "k", 128, "other rows than were prepared"),
+        ("decoder", "product", "rows", 1, "other rows than were prepared"),
+        ("decoder", "product", "rows", 3, "no rows of kind 3"),
+        ("decoder", "product", "group", 0, "other rows than were prepared"),
+        ("decoder", "product", "weights", "floats", "weights of another form"),
+        ("decoder", "product", "weights", "codes2", "weights is 'codes2'"),
+        ("decoder", "product", "out", "nowhere", "nowhere"),
+        ("decoder", "rows", "k", 0, "impossible rows"),
+        ("decoder", "rows", "n", 100, "impossible rows"),
+        ("decoder", "rows", "group", 7, "impossible groups of rows"),
+        ("decoder", "rows", "group", 0, "impossible groups of rows"),
+        ("decoder", "rows", "stride", 1, "impossible rows"),
+        ("decoder", "rows", "w", 1 << 40, "lie outside a file of"),
+        ("decoder", "rows", "skip_first", 1, "impossible rows without the first"),
+        ("decoder", "rows", "k", 2**40, "k is"),
+        ("decoder", "rows", "k", "many", "TypeError"),
+        ("decoder", "heads", "heads", 8, "impossible heads"),
+        ("decoder", "heads", "kv_heads", 0, "impossible heads"),
+        ("decoder", "heads", "head_dim", 16, "impossible heads"),
+        ("decoder", "heads", "layer", 4, "heads of these rows, or of this layer"),
+        ("decoder", "heads", "stride", 320 - 1, "impossible columns of heads"),
+        ("decoder", "heads", "b", 1 << 40, "lie outside a file of"),
+        ("decoder", "attention", "rows", 1, "heads of these rows"),
+        ("decoder", "gather", "rows", 0, "impossible rows to gather"),
+        ("decoder", "gather", "k", 1 << 20, "for a row, and the steps need"),
+        ("vision", "prepend", "rows", 0, "impossible rows to prepend"),
+        ("vision", "prepend", "w", 1 << 40, "lie outside a file of"),
+        ("vision", "heads", "layer", 1, "of this layer"),
+    ],
+)
+def test_steps_that_would_leave_their_memory_are_refused(
+    copied: Path, part: str, op: str, setting: str, value: Any, reason: str
+) -> None:
+    has = {"kind": "int8"} if setting in ("group", "s") else {}
+    build_cpu(copied, floats="int8", check=False, overwrite=True)
+    with pytest.raises(OneVisionError) as refusal:
+        reloaded(copied, part, lambda edited: step_of(edited, op, **has).update({setting: value}))
+    message = str(refusal.value)
+    assert f"{part}.json is not a program that this version reads" in message
+    assert reason in message
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "reason"),
+    [
+        ("decoder", {"heads": 0}, "groups of heads"),
+        ("decoder", {"kv_heads": 3}, "has other heads than the graph's"),
+        ("decoder", {"head_dim": 64}, "has other heads than the graph's"),
+        ("decoder", {"layers": 5}, "it has 5 layers, and the graph 4"),
+        ("decoder", {"frequencies": [1.0]}, "impossible angles"),
+        ("decoder", {"buffers": {}}, "not a program"),
+        ("decoder", {"buffers": []}, "not a program"),
+        ("decoder", {"steps": []}, "the steps do not write rows of 512 values"),
+        ("decoder", {"steps": [1]}, "not a program"),
+        ("decoder", {"steps": {"op": "rows"}}, "not a program"),
+        ("vision", {"class_angles": [0.0] * 4}, "impossible angles"),
+        ("vision", {"heads": 1 << 20}, "groups of heads"),
+        ("vision", {"layers": 0}, "other rows than a tower's"),
+        ("vision", {"steps": []}, "other rows than a tower's"),
+    ],
+)
+def test_programs_that_do_not_fit_their_graph_are_refused(
+    copied: Path, part: str, change: dict[str, Any], reason: str
+) -> None:
+    with pytest.raises(OneVisionError, match=reason):
+        reloaded(copied, part, lambda edited: edited.update(change))
+
+
+@pytest.mark.parametrize("buffer", ["units", "scales", "sums", "queries", "heads", "stream", "inner"])
+def test_buffers_that_are_too_small_are_refused(copied: Path, buffer: str) -> None:
+    build_cpu(copied, floats="int8", check=False, overwrite=True)
+    with pytest.raises(OneVisionError, match=f"{buffer} has .* bytes for a row, and the steps need"):
+        reloaded(copied, "decoder", lambda edited: edited["buffers"][buffer].update({"0": 3}))
+
+
+# In a process of its own, which a program that leaves its memory would end.
+FUZZ = """
+import copy, json, random, sys
+from pathlib import Path
+import numpy as np
+from hypothesis import HealthCheck, given, seed, settings, strategies as st
+from onevision_edge.bundle import Bundle
+from onevision_edge.errors import OneVisionError
+from onevision_edge.runtime.cache import Decoder, KVCache
+from onevision_edge.runtime.cpu_engine import CpuEngine
+from onevision_edge.runtime.cpu_graph import CpuGraph
+from onevision_edge.runtime.images import patch_positions
+
+bundle = Bundle.open(sys.argv[1])
+folder, pool, text = bundle.directory / "engines" / "cpu", CpuEngine(threads=2).pool(), bundle.manifest.model.text
+sound = {part: json.loads((folder / f"{part}.json").read_text()) for part in ("vision", "decoder")}
+names = sorted({name for part in sound.values() for step in part["steps"] for name in step})
+words = sorted({v for part in sound.values() for step in part["steps"] for v in step.values() if isinstance(v, str)})
+numbers = sorted({v for part in sound.values() for step in part["steps"] for v in step.values() if isinstance(v, int)})
+values = st.one_of(
+    st.sampled_from(numbers), st.sampled_from(words), st.integers(-4, 300), st.integers(-(2**70), 2**70),
+    st.sampled_from([None, True, 0.5, -1.0, float("inf"), [], {}, 2**31, 2**31 - 1, -(2**31), 2**32, 2**63]),
+)
+place, tops = st.integers(0, 10**6), ["heads", "kv_heads", "head_dim", "layers", "frequencies", "class_angles"]
+edits = st.one_of(
+    st.tuples(st.just("set"), place, st.sampled_from(names), values),
+    st.tuples(st.just("nudge"), place, st.sampled_from(names), st.integers(-64, 64)),
+    st.tuples(st.just("drop"), place, st.sampled_from(names), values),
+    st.tuples(st.sampled_from(["remove", "repeat"]), place, st.none(), values),
+    st.tuples(st.just("swap"), place, st.none(), place),
+    st.tuples(st.just("top"), place, st.sampled_from(tops), values),
+    st.tuples(st.just("buffer"), place, st.integers(0, 3), values),
+)
+counted = {"refused": 0, "ran": 0}
+
+def edited(program, changes):
+    steps = program["steps"]
+    for kind, at, name, value in changes:
+        step = steps[at % len(steps)] if steps else {}
+        if kind == "set":
+            step[name] = value
+        elif kind == "nudge" and isinstance(step.get(name), int):
+            step[name] += value
+        elif kind == "drop":
+            step.pop(name, None)
+        elif kind == "remove" and steps:
+            del steps[at % len(steps)]
+        elif kind == "repeat" and steps:
+            steps.insert(at % len(steps), dict(step))
+        elif kind == "swap" and steps:
+            a, b = at % len(steps), value % len(steps)
+            steps[a], steps[b] = steps[b], steps[a]
+        elif kind == "top":
+            program[name] = value
+        elif kind == "buffer":
+            sizes = list(program["buffers"].values())[at % len(program["buffers"])]
+            sizes[str(name)] = value
+    return program
+
+@seed(1)
+@settings(max_examples=int(sys.argv[2]), deadline=None, database=None, suppress_health_check=list(HealthCheck))
+@given(st.sampled_from(["vision", "decoder"]), st.lists(edits, min_size=1, max_size=3))
+def fuzz(part, changes):
+    program = edited(copy.deepcopy(sound[part]), changes)
+    Path(sys.argv[3]).write_text(json.dumps([part, changes], default=repr))
+    (folder / f"{part}.json").write_text(json.dumps(program))
+    try:
+        graph = CpuGraph(folder, part, bundle.graph(part), pool)
+    except OneVisionError:
+        counted["refused"] += 1
+        return
+    if part == "vision":
+        pixels = np.zeros((2, 16, 588), graph.fmt.numpy)
+        graph.run({"pixel_values": pixels, "patch_positions": patch_positions(4, 4, 2)})
+    else:
+        cache = KVCache(text, 128, 2, graph.cache_dtype, graph.zeros)
+        decoder = Decoder(graph, cache, text.vocab_size)
+        embeds = np.ones((2, 9, text.hidden_size), graph.fmt.numpy)
+        decoder(embeds, np.array([0, 110]), np.array([[0, 8], [1, 2]]))
+        decoder(embeds[:, :1], np.array([9, 127]), np.zeros((2, 1), np.int64))
+    counted["ran"] += 1
+
+fuzz()
+print(json.dumps(counted))
+"""
+
+
+def test_no_program_leaves_its_memory(copied: Path, python: Callable[..., Any], tmp_path: Path) -> None:
+    """Edits of all kinds: a program is refused, or runs to its end."""
+    build_cpu(copied, floats="int8", check=False, overwrite=True)
+    process = python(FUZZ, copied, 400, tmp_path / "last.json")
+    out, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, f"after {(tmp_path / 'last.json').read_text()}: {errors[-2000:]}"
+    counted = json.loads(out)
+    assert counted["refused"] > 100
+    assert counted["ran"] > 20
+
+
+def test_patches_that_make_no_whole_token_are_refused(demo: Made) -> None:
+    graph = onevision_edge.load(demo("fp16"))._graphs["vision"]
+    with pytest.raises(OneVisionError, match="6 patches do not make whole tokens of 4"):
+        graph.run({"pixel_values": np.zeros((1, 6, 588), np.float16), "patch_positions": np.zeros((6, 2), np.int64)})
 
 
 # Builds
