@@ -114,8 +114,9 @@ def test_all_questions_are_answered(demo: Made, precision: str) -> None:
 
 
 # Attention's codes and, of three layers in either graph, everything that follows them: 1.3 to 1.7 % measured; two more
-# roundings to BF16 a product, 2.0 %; all rows and weights to INT8, 0.6 % each of eight a layer, 4.1 to 5.4 %.
-LIMITS = {"fp32": 0.025, "bf16": 0.03, "int8": 0.075}
+# roundings to BF16 a product, 2.0 %; all rows and weights to INT8, 0.6 % each of eight a layer, 4.1 to 5.4 %. Where the
+# weights of attention have seven bits instead of eight (AVX2), 2.8 % instead of 1.7.
+LIMITS = {"fp32": 0.035, "bf16": 0.04, "int8": 0.09}
 
 
 @pytest.mark.parametrize("floats", LIMITS)

@@ -637,6 +637,27 @@ def test_sharp_attention_picks_its_value(level: Pool) -> None:
             assert np.abs(found[h] - values[place]).max() <= np.abs(values).max() / 127 + 1e-3
 
 
+def test_weights_of_attention_have_no_bias(level: Pool) -> None:
+    """Codes that are exact, scores over a power of two, values of 0 and 1: what is left is the exponential's error.
+
+    2^x is within 1e-4, and rounding a weight to a byte (by up to 0.8 % of it) is even out over 256 keys to 5e-4.
+    """
+    heads = Heads(level, 4, 2, 16, normed=False)
+    x, codes = np.zeros((1, 256, 8, 16), np.float32), np.arange(256) % 128
+    power = 4 / (127 * 127 * np.log2(np.e))
+    x[..., :4, 0] = 127 * power
+    x[..., 4:6, 0], x[..., 4:6, 1] = codes[:, None], 127
+    groups = codes // 16 % 8  # of equal fractions
+    x[..., 6:, :] = (groups[:, None] == np.arange(16))[:, None, :]
+    x[..., 6:, 15] = 1
+    found = heads(x, angles=np.zeros((256, 8), np.float32))[0, 255]
+    weights = 2.0 ** (codes / 127)
+    shares = np.array([weights[groups == group].sum() for group in range(8)]) / weights.sum()
+    assert np.abs(found[:, :8] / shares - 1).max() < 3e-3
+    assert np.abs(found[:, 15] - 1).max() < 1e-3
+    assert np.abs(np.cumsum(found[:, :8], axis=1) - np.cumsum(shares)).max() < 5e-4
+
+
 def test_what_a_cache_held_before_does_not_matter(level: Pool) -> None:
     """Codes and scales beyond the rows that are valid: zeros, NaN (255), any bytes."""
     for causal, starts in ((True, (0, 66)), (False, (0,))):
