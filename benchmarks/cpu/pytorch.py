@@ -34,21 +34,18 @@ class Text(Reader):
     def read(self, ids: Sequence[int]) -> None:
         import torch
 
-        positions = torch.arange(self.length, self.length + len(ids))
+        positions = torch.arange(self.length, self.length + len(ids))[None]
         with torch.inference_mode():
-            found = self.forward(
-                input_ids=torch.tensor([ids]),
-                position_ids=positions[None],
-                past_key_values=self.cache,
-                cache_position=positions,
-                logits_to_keep=1,
-            )
+            inputs = {"input_ids": torch.tensor([ids]), "position_ids": positions, "past_key_values": self.cache}
+            found = self.forward(**inputs, logits_to_keep=1)
         self.last = found.logits[0, -1]
 
     def keep(self, tokens: int) -> None:
-        """A static cache is overwritten where it is."""
+        """A static cache is overwritten behind them."""
         if not self.compiled:
             self.cache.crop(tokens)
+        for layer in self.cache.layers if self.compiled else ():
+            layer.cumulative_length.fill_(tokens)
 
     def last_logits(self) -> np.ndarray:
         return self.last.float().numpy()
