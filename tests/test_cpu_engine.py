@@ -596,9 +596,8 @@ def test_engines_are_not_replaced_unasked(copied: Path) -> None:
 def test_kernels_that_are_wrong_build_nothing(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Outputs that have nothing to do with the plain graph's are an error, not a number in the record."""
     shutil.rmtree(copied / "engines")
-    monkeypatch.setattr(
-        CpuGraph, "_run", lambda self, inputs: [np.random.default_rng(0).standard_normal((1, 144, 192))]
-    )
+    noise = np.random.default_rng(0).standard_normal((1, 144, 192))
+    monkeypatch.setattr(CpuGraph, "run", lambda self, inputs: [noise])
     with pytest.raises(OneVisionError, match=r"vision: the cpu engine's outputs are not the plain graph's \(cosine"):
         build_cpu(copied)
     assert not list((copied / "engines").iterdir())
