@@ -14,7 +14,8 @@ from ..config import VisionConfig
 from ..errors import OneVisionError
 from ..precision import FloatFormat, float_format
 from .memory import memory_field, vision_attention_bytes
-from .stitching import EmbeddingTable, stitch
+from .processor import checked_threads
+from .stitching import OnHost
 from .wide import widened
 
 _ERRORS_ONLY = 3
@@ -56,9 +57,7 @@ class SessionOptions:
         options = ort.SessionOptions()
         options.log_severity_level = self.log_severity
         if self.threads is not None:
-            if not isinstance(self.threads, int) or self.threads < 1:
-                raise OneVisionError(f"threads is {self.threads}; it must be a whole number from 1")
-            options.intra_op_num_threads = self.threads
+            options.intra_op_num_threads = checked_threads(self.threads)
         if not (quantized if self.prepack is None else self.prepack):
             options.add_session_config_entry("session.disable_prepacking", "1")
         options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", "1" if self.exact else "4")
@@ -77,7 +76,7 @@ class SessionOptions:
         return ProviderGraph(bundle.path(spec.file), spec, self)
 
 
-class Graph:
+class Graph(OnHost):
     """One graph, loaded. `fmt` is the format of its floating-point inputs. NVFP4 weights run as their twins in INT8."""
 
     def __init__(self, path: Path, spec: GraphSpec, options: SessionOptions) -> None:
@@ -114,24 +113,6 @@ class Graph:
         codes = any(t.name == "past_key.0" and t.dtype == "int8" for t in self.spec.inputs)
         return np.dtype(np.int8) if codes else self.fmt.numpy
 
-    @property
-    def tokens_per_call(self) -> int | None:
-        """The most tokens of one decoder call: any number."""
-        return None
-
-    @property
-    def logits_per_call(self) -> int | None:
-        """The most rows of logits of one decoder call: any number."""
-        return None
-
-    @property
-    def rows(self) -> int | None:
-        """The most cache rows that a call can read: all."""
-        return None
-
-    def check_batch(self, batch: int) -> None:
-        """Any number of sequences will do."""
-
     def images_per_call(self, config: VisionConfig, size: tuple[int, int]) -> int:
         """How many images of a size one call takes, for their attention scores not to fill the memory.
 
@@ -149,21 +130,9 @@ class Graph:
             )
         return max(1, _MAX_SCORES // (config.num_heads * (patches + 1) ** 2))
 
-    def valid_length(self, end: int, max_length: int) -> int:
-        """Rows to read of a cache whose first `end` are valid."""
-        return end
-
-    def empty(self, shape: tuple[int, ...]) -> np.ndarray:
-        """Memory of floats in the graph's format."""
-        return np.empty(shape, self.fmt.numpy)
-
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """Zeroed memory, whose pages are taken from the system when they are written."""
         return np.zeros(shape, dtype)
-
-    def stitch(self, table: EmbeddingTable, ids: np.ndarray, features: Mapping[int, np.ndarray]) -> np.ndarray:
-        """Embeddings of `ids`, as stitching.stitch makes them."""
-        return stitch(table, ids, features)
 
     def run(self, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         """Run once on host arrays; returns the outputs in the graph's order."""

@@ -6,13 +6,11 @@ A step that passes reads and writes inside the buffers, the caches and the file,
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from .cpu_library import EPILOGUES, KINDS, OPS, PROLOGUES, WEIGHTS, Step
+from .cpu_library import EPILOGUES, KINDS, LANES, MOST_WIDTH, OPS, PANEL, PROLOGUES, UNIT_VALUES, WEIGHTS, Step
 
-_VALUES = {"int8": 4, "bf16": 2, "fp32": 1}  # of a row in a unit
 _ROWS_OF = {"codes4": "int8", "codes8": "int8", "pairs": "bf16", "floats": "fp32"}
-_PANEL, _UNIT = 32, 128  # columns of a panel, bytes of its unit
+_PANEL_UNIT = 4 * PANEL  # bytes
 _MOST = 1 << 28  # of whatever is counted
-_LANES, _MOST_WIDTH = 16, 256  # a head's width: a multiple of the one, up to the other
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,12 +120,12 @@ class Needs:
         four = weights == "codes4"
         _require(_ROWS_OF[weights] == kind and (not four or group % 8 == 0), "weights of another form than the rows")
         _require(s.n > 0 and s.column + s.n <= s.stride, "columns")
-        panels = -(-(2 * s.n if gated else s.n) // _PANEL)
-        self._stored(s.w, panels * _units(kind, s.k) * _UNIT >> four)
+        panels = -(-(2 * s.n if gated else s.n) // PANEL)
+        self._stored(s.w, panels * _units(kind, s.k) * _PANEL_UNIT >> four)
         if kind == "int8":
-            self._stored(s.s, 4 * panels * _PANEL * (s.k // group if four else 1))
+            self._stored(s.s, 4 * panels * PANEL * (s.k // group if four else 1))
         if s.b >= 0:
-            self._stored(s.b, 4 * panels * _PANEL)
+            self._stored(s.b, 4 * panels * PANEL)
         self.need(self._named(s.out), s.rows, 4 * s.stride)
 
     def _shape(self, s: Step) -> int:
@@ -165,12 +163,12 @@ class Needs:
 def check_shape(place: Place, angles: int) -> None:
     """Raise ValueError unless there are heads that the kernels know, and an angle for each pair of a head's columns."""
     _require(0 < place.kv_heads <= place.heads < 1 << 16 and place.heads % place.kv_heads == 0, "groups of heads")
-    _require(0 < place.head_dim <= _MOST_WIDTH and place.head_dim % _LANES == 0, "a head's width")
+    _require(0 < place.head_dim <= MOST_WIDTH and place.head_dim % LANES == 0, "a head's width")
     _require(2 * angles == place.head_dim, "angles")
 
 
 def _units(kind: str, values: int) -> int:
-    return -(-values // _VALUES[kind])
+    return -(-values // UNIT_VALUES[kind])
 
 
 def _require(holds: bool, what: str) -> None:

@@ -10,7 +10,7 @@ from .backend import Graph, SessionOptions
 from .cpu_graph import CpuGraph
 from .cpu_library import Pool
 from .kernels import Level, library
-from .processor import physical_cores
+from .processor import checked_threads, physical_cores
 
 LOG = logging.getLogger(__name__)
 
@@ -28,8 +28,8 @@ class CpuEngine:
     _record: CpuRecord | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        if self.threads is not None and (not isinstance(self.threads, int) or self.threads < 1):
-            raise OneVisionError(f"threads is {self.threads}; it must be a whole number from 1")
+        if self.threads is not None:
+            checked_threads(self.threads)
 
     def open(self, bundle: Bundle, part: str) -> CpuGraph:
         """A graph's program, loaded. Raises OneVisionError where there is none, or it cannot run here."""

@@ -12,27 +12,15 @@ from ..config import VisionConfig, read_json
 from ..errors import OneVisionError
 from ..precision import FloatFormat, float32, float_format, from_float32
 from .cpu_check import Needs, Place, check_shape
-from .cpu_library import (
-    EPILOGUES,
-    KINDS,
-    OPS,
-    OWN_BUFFERS,
-    PROLOGUES,
-    WEIGHTS,
-    Call,
-    Pool,
-    Step,
-    pointers,
-)
-from .stitching import EmbeddingTable, stitch
+from .cpu_library import BUFFERS, EPILOGUES, KINDS, OPS, PROLOGUES, WEIGHTS, Call, Pool, Step, pointers
+from .stitching import OnHost
 
-_KNOWN_BUFFERS = ("units", "scales", "sums", "queries", "query_scales", "query_sums")
 _NAMES = {"op": OPS, "kind": KINDS, "weights": WEIGHTS, "prologue": PROLOGUES, "epilogue": EPILOGUES}
 _ROWS_OF_TILE = 128
 _IMAGES_TOKENS = 1 << 14  # rows of one vision call
 
 
-class CpuGraph:
+class CpuGraph(OnHost):
     """A program and what it runs on. It takes what backend.Graph does, and its KV cache is of INT8 codes."""
 
     def __init__(self, folder: Path, part: str, spec: GraphSpec, pool: Pool) -> None:
@@ -47,12 +35,13 @@ class CpuGraph:
             ) from error
         self._capacity: tuple[int, ...] = ()
         self._arrays: list[np.ndarray] = []
+        self._addresses: Any = None  # of the arrays
         self._scratch: np.ndarray | None = None
 
     def _load(self, program: Mapping[str, Any], weights: np.ndarray) -> None:
         self._weights = weights
         self._sizes = {name: {int(k): int(v) for k, v in each.items()} for name, each in program["buffers"].items()}
-        named = [*_KNOWN_BUFFERS, *(name for name in self._sizes if name not in _KNOWN_BUFFERS)]
+        named = [*BUFFERS, *(name for name in self._sizes if name not in BUFFERS)]
         self._buffers = {name: i for i, name in enumerate(named)}
         self.steps = [dict(step) for step in program["steps"]]
         self._steps = (Step * len(self.steps))(*map(self._step, self.steps))
@@ -112,24 +101,10 @@ class CpuGraph:
         needs.check(self._sizes)
 
     cache_dtype = np.dtype(np.uint8)
-    tokens_per_call: int | None = None
-    logits_per_call: int | None = None
-    rows: int | None = None
-
-    def check_batch(self, batch: int) -> None:
-        """Any number of sequences will do."""
 
     def images_per_call(self, config: VisionConfig, size: tuple[int, int]) -> int:
         """Images of a size (rows and columns of patches) that share a call; any size will do."""
         return max(1, _IMAGES_TOKENS // (size[0] * size[1] + 1))
-
-    def valid_length(self, end: int, max_length: int) -> int:
-        """Rows to read of a cache whose first `end` are valid."""
-        return end
-
-    def empty(self, shape: tuple[int, ...]) -> np.ndarray:
-        """Memory of floats in the graph's format."""
-        return np.empty(shape, self.fmt.numpy)
 
     def zeros(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """Keys or values of a cache of `shape` [batch, heads, rows, head_dim]: codes and, after a head's, their scales.
@@ -137,11 +112,7 @@ class CpuGraph:
         Rows are filled up to whole tiles. Pages are taken from the system when they are written.
         """
         batch, heads, rows, width = shape
-        return np.zeros((batch, heads, whole_tiles(rows) * (width + 4)), dtype)
-
-    def stitch(self, table: EmbeddingTable, ids: np.ndarray, features: Mapping[int, np.ndarray]) -> np.ndarray:
-        """Embeddings of `ids`, as stitching.stitch makes them."""
-        return stitch(table, ids, features)
+        return np.zeros((batch, heads, head_bytes(rows, width)), dtype)
 
     def bind(self) -> "CpuBinding":
         """A binding to run the decoder on a cache."""
@@ -157,23 +128,24 @@ class CpuGraph:
 
     def _encode(self, pixels: np.ndarray, positions: np.ndarray) -> np.ndarray:
         images, patches = pixels.shape[:2]
-        if patches % self._joined:
-            raise OneVisionError(f"{patches} patches do not make whole tokens of {self._joined}")
+        joined = self._joined
+        if patches % joined:
+            raise OneVisionError(f"{patches} patches do not make whole tokens of {joined}")
         angles = positions.astype(np.float32)[:, :, None] * self._frequencies
         angles = np.vstack([self._class_angles[None], angles.reshape(patches, -1)])
         angles = np.tile(angles, (images, 1))
         merged = self.spec.outputs[0].shape[-1]
-        tokens = images * patches // self._joined
+        tokens = images * patches // joined
         output = np.empty((tokens, int(merged)), np.float32)
         call = Call(sequences=images, tokens=patches + 1, capacity=whole_tiles(patches + 1))
         held = self._prepare(call, (images * patches, images * (patches + 1), tokens), angles, output)
         self._array("input")[: pixels.size * 4].view(np.float32)[:] = pixels.reshape(-1)
         starts = np.zeros(images, np.int64)
         call.starts = starts.ctypes.data
-        block = self.kv_heads * call.capacity * (self.head_dim + 4)
-        if self._scratch is None or self._scratch.size < 2 * images * block:
-            self._scratch = np.zeros(2 * images * block, np.uint8)
-        caches = [pointers([self._scratch[i * images * block :]]) for i in (0, 1)]
+        half = images * self.kv_heads * head_bytes(patches + 1, self.head_dim)
+        if self._scratch is None or self._scratch.size < 2 * half:
+            self._scratch = np.zeros(2 * half, np.uint8)
+        caches = [pointers([self._scratch[start:]]) for start in (0, half)]
         call.keys, call.values = map(ctypes.addressof, caches)
         self.execute(call)
         del held
@@ -222,33 +194,25 @@ class CpuGraph:
         """Fill in what all calls have. Returns what must live as long as the call."""
         self._grow(counts)
         cosines, sines = np.cos(angles), np.sin(angles)
-        arrays = list(self._arrays)
-        arrays[self._buffers["output"]] = output
-        buffers = pointers(arrays)
+        self._addresses[self._buffers["output"]] = output.ctypes.data
         for i, count in enumerate(counts):
             call.counts[i] = count
         call.cosines, call.sines = cosines.ctypes.data, sines.ctypes.data
-        call.file, call.buffers = self._weights.ctypes.data, ctypes.addressof(buffers)
-        return cosines, sines, buffers, output
+        call.file, call.buffers = self._weights.ctypes.data, ctypes.addressof(self._addresses)
+        return cosines, sines
 
     def _grow(self, counts: tuple[int, ...]) -> None:
         """Buffers for so many rows of each kind; memory that is never written is never taken."""
         if self._capacity and all(new <= old for new, old in zip(counts, self._capacity, strict=True)):
             return
         self._capacity = tuple(map(max, counts, self._capacity or counts))
-        self._arrays = [np.empty(0, np.uint8)] * max(OWN_BUFFERS, len(self._buffers))
-        for name, index in self._buffers.items():
-            if name != "output":
-                sizes = self._sizes.get(name, {})
-                self._arrays[index] = _aligned(max((n * self._capacity[k] for k, n in sizes.items()), default=0))
+        # The output's place is filled by each call.
+        sizes = {name: self._sizes.get(name, {}) if name != "output" else {} for name in self._buffers}
+        self._arrays = [_aligned(buffer_bytes(each, self._capacity)) for each in sizes.values()]
+        self._addresses = pointers(self._arrays)
 
     def _array(self, buffer: str) -> np.ndarray:
         return self._arrays[self._buffers[buffer]]
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the buffers at the largest call so far."""
-        return sum(array.nbytes for array in self._arrays) + (self._scratch.nbytes if self._scratch is not None else 0)
 
 
 class CpuBinding:
@@ -299,6 +263,16 @@ class CpuBinding:
 def whole_tiles(rows: int) -> int:
     """Rows of a cache, filled up to what attention reads at a time."""
     return -(-rows // _ROWS_OF_TILE) * _ROWS_OF_TILE
+
+
+def head_bytes(rows: int, width: int) -> int:
+    """Bytes of one head's keys, or values, in a cache of so many rows: codes and their scales."""
+    return whole_tiles(rows) * (width + 4)
+
+
+def buffer_bytes(sizes: Mapping[int, int], counts: Sequence[int]) -> int:
+    """Bytes of a buffer that has room for a call. sizes: of a row, by its kind; counts: rows of each kind."""
+    return max((nbytes * counts[kind] for kind, nbytes in sizes.items()), default=0)
 
 
 def _aligned(nbytes: int) -> np.ndarray:

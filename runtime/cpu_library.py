@@ -18,8 +18,10 @@ WEIGHTS = ("codes4", "codes8", "pairs", "floats")
 PROLOGUES = ("as_is", "rms_norm", "layer_norm", "swiglu")
 EPILOGUES = ("write", "add", "gated", "gelu", "gelu_tanh", "quick_gelu")
 # Buffers that the kernels know by number; a program's own follow.
-UNITS, SCALES, SUMS, QUERIES, QUERY_SCALES, QUERY_SUMS = range(6)
-OWN_BUFFERS = 6
+BUFFERS = ("units", "scales", "sums", "queries", "query_scales", "query_sums")
+UNIT_VALUES = {"int8": 4, "bf16": 2, "fp32": 1}  # of a row in the four bytes of a unit
+PANEL, LANES = 32, 16  # columns of packed weights together, and in a vector
+MOST_WIDTH = 256  # of a head, which is a multiple of a vector's
 
 
 class Step(ctypes.Structure):
@@ -53,11 +55,11 @@ class Library:
     def __init__(self, path: Path) -> None:
         try:
             self._library = ctypes.CDLL(str(path))
-            sizes = (c_int32 * 3)()
+            sizes = (c_int32 * 2)()
             self._library.ove_sizes(sizes)
         except (OSError, AttributeError) as error:
             raise OneVisionError(f"{path} is not a library of kernels that loads here: {error}") from error
-        if list(sizes[:2]) != [ctypes.sizeof(Step), ctypes.sizeof(Call)]:
+        if list(sizes) != [ctypes.sizeof(Step), ctypes.sizeof(Call)]:
             raise OneVisionError(f"{path} belongs to another version of onevision-edge: build the cpu engine again")
         self._library.ove_create.restype = c_void_p
         self._library.ove_create.argtypes = [c_int32]

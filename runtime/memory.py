@@ -9,7 +9,7 @@ from ..bundle import Bundle, Manifest
 from ..config import VisionConfig, read_json
 from ..engines.cpu.record import CpuRecord, folder_of
 from ..precision import float_format
-from .cpu_graph import whole_tiles
+from .cpu_graph import buffer_bytes, head_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,8 +55,9 @@ def engine_memory_plan(
         items.append(MemoryItem(f"{part} weights", weights, f"mapped from engines/cpu/{part}.weights"))
         if part == "decoder":
             per_token = 2 * program["layers"] * program["kv_heads"] * (program["head_dim"] + 4)
-            rows = batch * whole_tiles(length)
-            items.append(MemoryItem("KV cache", rows * per_token, f"{batch} x {length} tokens of {per_token} bytes"))
+            heads = 2 * program["layers"] * program["kv_heads"] * batch
+            cache = heads * head_bytes(length, program["head_dim"])
+            items.append(MemoryItem("KV cache", cache, f"{batch} x {length} tokens of {per_token} bytes"))
             tokens = max(min(chunk, length), batch)
             counts: tuple[int, ...] = (tokens, batch)
             note = f"for {tokens} tokens a call"
@@ -70,10 +71,11 @@ def engine_memory_plan(
 
 def _buffer_bytes(program: Mapping[str, Any], part: str, counts: tuple[int, ...]) -> int:
     """What a call with so many rows of each kind takes beside the cache."""
-    found = sum(max(n * counts[int(kind)] for kind, n in each.items()) for each in program["buffers"].values())
+    sizes = [{int(kind): int(n) for kind, n in each.items()} for each in program["buffers"].values()]
+    found = sum(buffer_bytes(each, counts) for each in sizes)
     if part == "vision":  # keys and values of the block at work
-        found += 2 * program["kv_heads"] * whole_tiles(counts[1]) * (program["head_dim"] + 4)
-    return int(found)
+        found += 2 * int(program["kv_heads"]) * head_bytes(counts[1], int(program["head_dim"]))
+    return found
 
 
 def _decoder_items(manifest: Manifest, length: int, batch: int, chunk: int) -> list[MemoryItem]:

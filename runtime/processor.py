@@ -4,6 +4,8 @@ import os
 import platform
 from pathlib import Path
 
+from ..errors import OneVisionError
+
 _CPU = Path("/sys/devices/system/cpu")
 
 
@@ -30,6 +32,13 @@ def cpu_name(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
         lines = []
     found = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
     return found or machine()
+
+
+def checked_threads(threads: int) -> int:
+    """A number of threads to run on. Raises OneVisionError for what is none."""
+    if not isinstance(threads, int) or threads < 1:
+        raise OneVisionError(f"threads is {threads}; it must be a whole number from 1")
+    return threads
 
 
 def physical_cores(root: Path = _CPU) -> int:

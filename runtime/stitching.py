@@ -87,6 +87,42 @@ def stitch_on_device(
     return embeds
 
 
+class OnHost:
+    """What graphs share that compute on the host: no limits to a call but memory, and plain arrays."""
+
+    fmt: FloatFormat
+
+    @property
+    def tokens_per_call(self) -> int | None:
+        """The most tokens of one decoder call: any number."""
+        return None
+
+    @property
+    def logits_per_call(self) -> int | None:
+        """The most rows of logits of one decoder call: any number."""
+        return None
+
+    @property
+    def rows(self) -> int | None:
+        """The most cache rows that a call can read: all."""
+        return None
+
+    def check_batch(self, batch: int) -> None:
+        """Any number of sequences will do."""
+
+    def valid_length(self, end: int, max_length: int) -> int:
+        """Rows to read of a cache whose first `end` are valid."""
+        return end
+
+    def empty(self, shape: tuple[int, ...]) -> np.ndarray:
+        """Memory of floats in the graph's format."""
+        return np.empty(shape, self.fmt.numpy)
+
+    def stitch(self, table: EmbeddingTable, ids: np.ndarray, features: Mapping[int, np.ndarray]) -> np.ndarray:
+        """Embeddings of `ids`, as stitching.stitch makes them."""
+        return stitch(table, ids, features)
+
+
 class OnDevice:
     """What graphs share that compute on a device: arrays in its memory, and embeddings stitched there."""
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 from onnx import TensorProto
 
+from ...runtime.cpu_library import LANES, MOST_WIDTH, UNIT_VALUES
 from . import pack
 from .graph import Graph, MismatchError, attribute
 from .patterns import Attention, Linear, Norm, angles, attention, gated, gelu, linear, norm, parts, residual
@@ -23,10 +24,6 @@ COMPUTE = ("fp32", "bf16", "int8")  # what products run in whose weights a bundl
 GROUPS = (512, 256, 128)
 ALL_ROWS, ANSWER_ROWS = 0, 1  # decoder: indices of a call's counts
 PATCHES, ROWS, TOKENS = 0, 1, 2  # vision
-MOST_WIDTH = 256  # of a head
-_EIGHT_BIT = {TensorProto.INT8}
-_FOUR_BIT = {TensorProto.INT4}
-_UNIT = {"int8": 4, "bf16": 2, "fp32": 1}  # values of a row in four bytes
 
 Report = Callable[[int, int, str], None]
 
@@ -54,9 +51,9 @@ class Compiler:
         kind = self.graph.dtype(one.weight)
         part = inputs // joined
         group = next((g for g in GROUPS if part % g == 0), part)
-        if kind in _FOUR_BIT and inputs % 8 == 0:
+        if kind == TensorProto.INT4 and inputs % 8 == 0:
             return Form("int8", "codes4", gcd(one.block or group, part))
-        if kind in _EIGHT_BIT and not one.block and inputs % 4 == 0:
+        if kind == TensorProto.INT8 and not one.block and inputs % 4 == 0:
             return Form("int8", "codes8", group, one.scale or 0.0)
         if self.compute == "int8" and not one.scales and inputs % 4 == 0:
             return Form("int8", "codes8", group)
@@ -145,7 +142,7 @@ class Compiler:
         n = width * joined
         target = more.pop("target", rows)
         groups = n // form.group if form.rows == "int8" else 0
-        self.program.need("units", target, -(-n // _UNIT[form.rows]) * 4)
+        self.program.need("units", target, -(-n // UNIT_VALUES[form.rows]) * 4)
         self.program.need("scales", target, 4 * max(1, groups))
         self.program.need("sums", target, 4 * max(1, groups))
         settings = {"stride": width, **more, **self._norm(before)}
@@ -180,10 +177,10 @@ class Compiler:
             raise MismatchError(
                 f"{self.graph.path}: the attention over {products[0].source} does not read the stream alone"
             )
-        if found.head_dim % 16 or found.head_dim > MOST_WIDTH or found.heads % found.kv_heads:
+        if found.head_dim % LANES or found.head_dim > MOST_WIDTH or found.heads % found.kv_heads:
             raise MismatchError(
                 f"{self.graph.path}: {found.heads} heads of {found.head_dim} over {found.kv_heads}, where the cpu "
-                f"engine knows whole groups of heads, of a multiple of 16 up to {MOST_WIDTH}"
+                f"engine knows whole groups of heads, of a multiple of {LANES} up to {MOST_WIDTH}"
             )
         queries, keys = found.heads * found.head_dim, found.kv_heads * found.head_dim
         stride, column = queries + 2 * keys, 0

@@ -6,8 +6,7 @@ for consecutive inputs; 16 columns make a vector. Columns are padded with zeros 
 
 import numpy as np
 
-PANEL = 32
-LANES = 16
+from ...runtime.cpu_library import LANES, PANEL
 
 
 def padded(values: np.ndarray, columns: int, fill: float = 0) -> np.ndarray:

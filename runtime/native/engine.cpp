@@ -135,7 +135,6 @@ OVE_API void ove_destroy(void* engine) {
 OVE_API void ove_sizes(int32_t* out) {
     out[0] = sizeof(ove::Step);
     out[1] = sizeof(ove::Call);
-    out[2] = ove::U8_ZERO;
 }
 
 // Runs the steps one after the other. seconds: of each step, added up; or null. Returns 0, or 1 out of memory.
