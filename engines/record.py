@@ -69,11 +69,7 @@ class EngineSet:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: Path) -> "EngineSet":
         """Checked reading. Raises OneVisionError for anything this version did not write."""
-        if raw.get("format") != FORMAT or raw.get("format_version") != FORMAT_VERSION:
-            raise OneVisionError(
-                f"{where} is {raw.get('format')!r} version {raw.get('format_version')!r}; this version reads "
-                f"{FORMAT!r} version {FORMAT_VERSION}: build the engines again with onevision-edge build"
-            )
+        check_format(raw, where, FORMAT, FORMAT_VERSION, "build the engines again with onevision-edge build")
         try:
             if raw["engine"] not in DIALECTS:
                 raise ValueError(raw["engine"])
@@ -92,6 +88,15 @@ class EngineSet:
                 f"{where} is not what this version writes ({error!r}): build the engines again with "
                 "onevision-edge build"
             ) from error
+
+
+def check_format(raw: Mapping[str, Any], where: Path, known: str, version: int, again: str) -> None:
+    """Raise OneVisionError, which ends in `again`, unless a record names a format and its version."""
+    if raw.get("format") != known or raw.get("format_version") != version:
+        raise OneVisionError(
+            f"{where} is {raw.get('format')!r} version {raw.get('format_version')!r}; this version reads "
+            f"{known!r} version {version}: {again}"
+        )
 
 
 def _engine_record(raw: Mapping[str, Any]) -> EngineRecord:
@@ -144,7 +149,9 @@ def check_engine(
     if part not in found.engines:
         raise OneVisionError(f"{folder} has no {part} engine, only {', '.join(found.engines) or 'none'}; {again}")
     record, path = found.engines[part], folder / found.engines[part].file
-    _check_file(path, record, again, verify)
+    check_file(path, record.size, again)
+    if verify and file_sha256(path) != record.sha256:
+        raise OneVisionError(f"{path} has changed since it was built: its sha256 is not its record's; {again}")
     if found.engine == RTX.name:
         _check_header(path, found, again)
     if found.engine != engine:
@@ -157,17 +164,16 @@ def check_engine(
         raise OneVisionError(
             f"{path} was built for {', '.join(found.capabilities)}, and this GPU is {capability}; {again}"
         )
-    _check_sources(bundle, path, record, again)
+    check_sources(bundle, path, record.sources, again)
     return path, found
 
 
-def _check_file(path: Path, record: EngineRecord, again: str, verify: bool) -> None:
+def check_file(path: Path, wanted: int, again: str) -> None:
+    """Raise OneVisionError, which ends in `again`, unless there is a file of the size that its record says."""
     if not path.is_file():
         raise OneVisionError(f"{path} is missing; {again}")
-    if (size := path.stat().st_size) != record.size:
-        raise OneVisionError(f"{path} has {size} bytes, its record says {record.size}: it was cut or replaced; {again}")
-    if verify and file_sha256(path) != record.sha256:
-        raise OneVisionError(f"{path} has changed since it was built: its sha256 is not its record's; {again}")
+    if (size := path.stat().st_size) != wanted:
+        raise OneVisionError(f"{path} has {size} bytes, its record says {wanted}: it was cut or replaced; {again}")
 
 
 def _check_header(path: Path, found: EngineSet, again: str) -> None:
@@ -225,11 +231,11 @@ def _capability_runs(found: EngineSet, capability: str) -> bool:
     return capability in found.capabilities
 
 
-def _check_sources(bundle: Bundle, path: Path, record: EngineRecord, again: str) -> None:
-    for name, digest in record.sources.items():
-        spec = bundle.manifest.files.get(name)
-        if spec is None or (spec.size, spec.sha256) != (digest.size, digest.sha256):
-            raise OneVisionError(f"{path} was built of another {name} than the bundle holds; {again}")
+def check_sources(bundle: Bundle, built: Path, sources: Mapping[str, FileSpec], again: str) -> None:
+    """Raise OneVisionError, which ends in `again`, unless the bundle holds the files that something was built of."""
+    for name, spec in sources.items():
+        if bundle.manifest.files.get(name) != spec:
+            raise OneVisionError(f"{built} was built of another {name} than the bundle holds; {again}")
 
 
 def source_digests(bundle: Bundle, names: Sequence[str]) -> dict[str, FileSpec]:

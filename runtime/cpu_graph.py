@@ -61,8 +61,6 @@ class CpuGraph(OnHost):
                 value = _NAMES[name].index(value)
             elif name in ("in_", "out"):
                 value = self._buffers[value]
-            elif name == "nbytes":
-                continue
             setattr(found, name, value)
             if getattr(found, name) != value and name not in ("eps", "scale"):
                 raise ValueError(f"{name} is {value!r}")

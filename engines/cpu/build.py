@@ -22,7 +22,7 @@ from ...runtime.stitching import EmbeddingTable
 from ..record import RECORD, source_digests
 from .compile import COMPILERS, COMPUTE
 from .graph import Graph
-from .program import Program, WeightsFile, weight_bytes
+from .program import Program, WeightsFile
 from .record import CpuRecord, PartRecord, folder_of
 
 FLOATS = ("auto", *COMPUTE)
@@ -101,7 +101,7 @@ def _build(
         result: dict[str, float] = {}
         if check:
             with phases(f"check {part}", "steps"):
-                plain = plain or _Reference(bundle, part, spec)
+                plain = plain or _Reference(bundle, part)
                 result = plain.compare(CpuGraph(writer.directory, part, spec, pool))
         if compute == tried[-1] or result["difference"] <= _VISION_LIMIT or not _rounded(program, spec):
             break
@@ -114,7 +114,7 @@ def _build(
     for name in (f"{part}.json", f"{part}.weights"):
         writer.seal(name)
         files[name] = writer.files[name]
-    return PartRecord(compute, sources, files, weight_bytes(program.steps), result)
+    return PartRecord(compute, sources, files, program.bytes_per_row, result)
 
 
 def _rounded(program: Program, spec: GraphSpec) -> bool:
@@ -141,8 +141,10 @@ def _compile(bundle: Bundle, part: str, spec: GraphSpec, compute: str, writer: B
 class _Reference:
     """A plain graph on ONNX Runtime, with what it gives for one seeded input."""
 
-    def __init__(self, bundle: Bundle, part: str, spec: GraphSpec) -> None:
-        self.bundle, self.part, self.spec = bundle, part, spec
+    def __init__(self, bundle: Bundle, part: str) -> None:
+        self.bundle, self.part = bundle, part
+        merge = bundle.manifest.model.vision.spatial_merge_size
+        self.side = _SIDE // merge * merge
         graph = SessionOptions().open(bundle, part)
         self.inputs = self._inputs(graph.fmt)
         self.outputs, self.seconds = self._run(graph)
@@ -168,8 +170,7 @@ class _Reference:
                 return embeddings[random.integers(0, text.vocab_size, (1, _TOKENS))]
             return from_float32(0.02 * random.standard_normal((1, _TOKENS, text.hidden_size), np.float32), fmt)
         vision = self.bundle.manifest.model.vision
-        merge = vision.spatial_merge_size
-        side = _SIDE // merge * merge
+        merge, side = vision.spatial_merge_size, self.side
         # Colours that change slowly over the picture, as photographs do, and noise.
         y, x = np.mgrid[0 : side * vision.patch_size, 0 : side * vision.patch_size] / (side * vision.patch_size)
         waves = [np.sin(2 * np.pi * (f * x + g * y) + f) for f, g in ((3, 1), (1, 4), (5, 2))]
@@ -183,9 +184,8 @@ class _Reference:
         """Outputs, and the seconds of the second of two runs."""
         manifest = self.bundle.manifest
         if self.part == "vision":
-            merge = manifest.model.vision.spatial_merge_size
-            side = _SIDE // merge * merge
-            inputs = {"pixel_values": self.inputs, "patch_positions": patch_positions(side, side, merge)}
+            positions = patch_positions(self.side, self.side, manifest.model.vision.spatial_merge_size)
+            inputs = {"pixel_values": self.inputs, "patch_positions": positions}
             graph.run(inputs)
             started = perf_counter()
             return graph.run(inputs)[0], perf_counter() - started

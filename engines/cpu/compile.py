@@ -75,10 +75,11 @@ class Compiler:
         n = outputs // 2 if epilogue == "gated" else outputs
         packed = _PACKERS[form.weights](codes)
         w, s = self.file.add(packed), None
+        self.program.bytes_per_row += packed.nbytes
         if scales:
-            joined = join(*scales) if len(scales) > 1 else scales[0]
-            s = self.file.add(pack.pack_scales(joined))
-        del codes, matrices
+            packed_scales = pack.pack_scales(join(*scales) if len(scales) > 1 else scales[0])
+            s = self.file.add(packed_scales)
+            self.program.bytes_per_row += packed_scales.nbytes
         stride = place.get("stride", n)
         self.program.need(out, rows, 4 * stride)
         self.program.step(
@@ -96,7 +97,6 @@ class Compiler:
             w=w,
             s=s,
             b=self._bias(linears, columns),
-            nbytes=packed.nbytes + (4 * scales[0].shape[0] * pack.whole_panels(columns) if scales else 0),
         )
         self.report(self.file.size, 0, linears[0].weight)
 

@@ -10,11 +10,10 @@ from onnx import NodeProto, TensorProto, helper, numpy_helper
 from onnx.external_data_helper import ExternalDataInfo
 
 from ...errors import OneVisionError
+from ...precision.codes import FP4, FP8, INT4, unpack
 
 _FLOATS = {TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16}
-_HALF_BYTE = {TensorProto.INT4: 8, TensorProto.FLOAT4E2M1: None}  # and what is taken off an unsigned code
-# Magnitudes of FP4 E2M1, by code.
-_FP4 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6], np.float32)
+_FP4_VALUES = np.arange(16, dtype=np.uint8).view(FP4.numpy).astype(np.float32)  # by code
 
 
 class MismatchError(OneVisionError):
@@ -33,7 +32,6 @@ class Graph:
         graph = self.model.graph
         self._makers = {output: node for node in graph.node for output in node.output}
         self._constants = {tensor.name: tensor for tensor in graph.initializer}
-        self.outputs = [value.name for value in graph.output]
         self._data: dict[str, np.ndarray] = {}
 
     def maker(self, value: str) -> NodeProto | None:
@@ -88,13 +86,12 @@ class Graph:
         tensor = self._constants[value]
         stored = self._stored(tensor)
         kind, shape = tensor.data_type, tuple(tensor.dims)
-        if kind in _HALF_BYTE:
-            codes = np.empty((len(stored), 2), np.uint8)
-            codes[:, 0], codes[:, 1] = stored & 0x0F, stored >> 4
-            flat = codes.reshape(-1)[: int(np.prod(shape))].reshape(shape)
-            return _FP4[flat] if kind == TensorProto.FLOAT4E2M1 else ((flat ^ 8).astype(np.int8) - np.int8(8))
+        if kind == FP4.onnx_type:
+            return _FP4_VALUES[unpack(stored, FP4, shape).view(np.uint8)]
+        if kind == INT4.onnx_type:  # by bits: numpy converts an added dtype one call at a time
+            return (unpack(stored, INT4, shape).view(np.uint8) ^ np.uint8(8)).view(np.int8) - np.int8(8)
         values = stored.view(helper.tensor_dtype_to_np_dtype(kind)).reshape(shape)
-        return values.astype(np.float32) if kind in _FLOATS or kind == TensorProto.FLOAT8E4M3FN else values
+        return values.astype(np.float32) if kind in _FLOATS or kind == FP8.onnx_type else values
 
     def number(self, value: str) -> float:
         """A constant that holds one number."""

@@ -1,6 +1,5 @@
 """A program: steps over buffers and packed weights, as runtime/cpu_graph.py loads it."""
 
-from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,7 +16,8 @@ class Program:
 
     steps: op and settings by the names of runtime/cpu_library.py. buffers: by name, for each kind of rows (an index of
     the call's counts) the bytes that a row takes. frequencies: of rotary angles; class_angles: those of the row in
-    front of each image's. layers: caches that the steps read.
+    front of each image's. layers: caches that the steps read. bytes_per_row: of weights and scales that one row reads,
+    in all products.
     """
 
     part: str
@@ -29,12 +29,12 @@ class Program:
     kv_heads: int = 0
     head_dim: int = 0
     layers: int = 0
+    bytes_per_row: int = 0
 
-    def need(self, buffer: str, rows: int, nbytes: int) -> str:
-        """Make a buffer hold so many bytes for each row of a kind; returns its name."""
+    def need(self, buffer: str, rows: int, nbytes: int) -> None:
+        """Make a buffer hold so many bytes for each row of a kind."""
         sizes = self.buffers.setdefault(buffer, {})
         sizes[rows] = max(sizes.get(rows, 0), nbytes)
-        return buffer
 
     def step(self, op: str, **settings: Any) -> None:
         """Append a step."""
@@ -49,7 +49,7 @@ class WeightsFile:
     """Arrays written one after the other, each at a vector's alignment; equal small ones once."""
 
     def __init__(self, path: Path) -> None:
-        self.path, self.size = path, 0
+        self.size = 0
         self._file: BinaryIO = open(path, "wb")  # noqa: SIM115 - closed by close
         self._small: dict[bytes, int] = {}
 
@@ -78,8 +78,3 @@ class WeightsFile:
         """Close without the rest."""
         with suppress(OSError):
             self._file.close()
-
-
-def weight_bytes(steps: Sequence[Mapping[str, Any]]) -> int:
-    """Bytes of weights and scales that one row reads, in all products of some steps."""
-    return sum(int(step.get("nbytes", 0)) for step in steps)

@@ -8,7 +8,7 @@ from typing import Any
 from ...bundle import Bundle, FileSpec
 from ...config import read_json
 from ...errors import OneVisionError
-from ..record import CPU, ENGINES, RECORD
+from ..record import BUNDLE, CPU, ENGINES, RECORD, check_file, check_format, check_sources
 
 FORMAT = "onevision-edge cpu engine"
 FORMAT_VERSION = 1
@@ -44,16 +44,12 @@ class CpuRecord:
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any], where: Path) -> "CpuRecord":
         """Checked reading. Raises OneVisionError for anything this version did not write."""
-        if raw.get("format") != FORMAT or raw.get("format_version") != FORMAT_VERSION:
-            raise OneVisionError(
-                f"{where} is {raw.get('format')!r} version {raw.get('format_version')!r}; this version reads "
-                f"{FORMAT!r} version {FORMAT_VERSION}: {AGAIN.format('BUNDLE')}"
-            )
+        check_format(raw, where, FORMAT, FORMAT_VERSION, AGAIN.format(BUNDLE))
         try:
             return cls(dict(raw["machine"]), {part: _part(one) for part, one in raw["parts"].items()})
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise OneVisionError(
-                f"{where} is not what this version writes ({error!r}): {AGAIN.format('BUNDLE')}"
+                f"{where} is not what this version writes ({error!r}): {AGAIN.format(BUNDLE)}"
             ) from error
 
 
@@ -87,11 +83,5 @@ def check_part(bundle: Bundle, record: CpuRecord, part: str) -> None:
     if part not in record.parts:
         raise OneVisionError(f"{folder} has no {part}, only {', '.join(record.parts)}; {again}")
     for name, spec in record.parts[part].files.items():
-        path = folder / Path(name).name
-        size = path.stat().st_size if path.is_file() else None
-        if size != spec.size:
-            found = "is missing" if size is None else f"has {size} bytes, its record says {spec.size}"
-            raise OneVisionError(f"{path} {found}; {again}")
-    for name, spec in record.parts[part].sources.items():
-        if bundle.manifest.files.get(name) != spec:
-            raise OneVisionError(f"{folder} was built of another {name} than the bundle holds; {again}")
+        check_file(folder / Path(name).name, spec.size, again)
+    check_sources(bundle, folder, record.parts[part].sources, again)
