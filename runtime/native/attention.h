@@ -243,14 +243,9 @@ void attend_tile(Running& w, const Cache& cache, int64_t first, int64_t tile, in
 
 using Attend = void (*)(Running&, const Cache&, int64_t, int64_t, int64_t, const vf*, float);
 
-template <int64_t T>
-Attend attend_of(int64_t rows) {
-    static constexpr Attend tiles[] = {
-        attend_tile<T, 1>, attend_tile<T, 2>,
-#if defined(__AVX512F__)
-        attend_tile<T, 3>, attend_tile<T, 4>, attend_tile<T, 5>, attend_tile<T, 6>,
-#endif
-    };
+template <int64_t T, int... R>
+Attend attend_of(int64_t rows, Counts<R...>) {
+    static constexpr Attend tiles[] = {attend_tile<T, R + 1>...};
     return tiles[rows - 1];
 }
 
@@ -289,7 +284,8 @@ void attend_tiles(const Step& s, const Call& c, const Rows& rows, Running& w) {
         float most_scale = largest(most);
         for (int64_t first = 0; first < rows.count; first += QUERY_ROWS) {
             int64_t height = std::min<int64_t>(QUERY_ROWS, rows.count - first);
-            if (w.limit[first + height - 1] > tile) attend_of<T>(height)(w, cache, first, tile, d, vs, most_scale);
+            if (w.limit[first + height - 1] > tile)
+                attend_of<T>(height, UpTo<QUERY_ROWS>())(w, cache, first, tile, d, vs, most_scale);
         }
     }
     for (int64_t r = 0; r < rows.count; r++) {

@@ -10,7 +10,7 @@
 namespace ove {
 
 constexpr int64_t L2_BYTES = 512 << 10;  // of a product's rows that stay near while panels pass by
-constexpr int64_t CHUNK_UNITS = 128;      // of a panel, 8 KiB, that stay nearer still while rows pass by
+constexpr int64_t CHUNK_UNITS = 128;      // of a panel, 16 KiB, that stay nearer still while rows pass by
 
 // What one thread works in.
 struct Workspace {

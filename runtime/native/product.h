@@ -233,14 +233,9 @@ void add_tile(const Step& s, const Operands& o, int64_t start, int64_t first, in
 
 using AddTile = void (*)(const Step&, const Operands&, int64_t, int64_t, int64_t, const uint8_t*, float*);
 
-inline AddTile tile_of(int64_t rows) {
-    static constexpr AddTile tiles[] = {
-        add_tile<1>, add_tile<2>,
-#if defined(__AVX512F__)
-        add_tile<3>, add_tile<4>, add_tile<5>, add_tile<6>, add_tile<7>,
-        add_tile<8>, add_tile<9>, add_tile<10>, add_tile<11>, add_tile<12>,
-#endif
-    };
+template <int... R>
+AddTile tile_of(int64_t rows, Counts<R...>) {
+    static constexpr AddTile tiles[] = {add_tile<R + 1>...};
     return tiles[rows - 1];
 }
 
@@ -252,14 +247,9 @@ void add_nibbles(const Operands& o, float* sums) {
 
 using AddNibbles = void (*)(const Operands&, float*);
 
-inline AddNibbles nibbles_of(int64_t rows) {
-    static constexpr AddNibbles tiles[] = {
-        add_nibbles<1>, add_nibbles<2>,
-#if defined(__AVX512F__)
-        add_nibbles<3>, add_nibbles<4>, add_nibbles<5>, add_nibbles<6>, add_nibbles<7>,
-        add_nibbles<8>, add_nibbles<9>, add_nibbles<10>, add_nibbles<11>, add_nibbles<12>,
-#endif
-    };
+template <int... R>
+AddNibbles nibbles_of(int64_t rows, Counts<R...>) {
+    static constexpr AddNibbles tiles[] = {add_nibbles<R + 1>...};
     return tiles[rows - 1];
 }
 
@@ -271,25 +261,23 @@ inline void product_task(const Step& s, const Call& c, const Blocks& blocks, int
     int64_t begin = blocks.start(first), rows = blocks.start(last) - begin;
     std::memset(sums, 0, rows * PANEL * sizeof(float));
     if (o.four && blocks.count == 1) {
-        nibbles_of(rows)(o, sums);
-    } else {
-        for (int64_t from = 0; from < o.width; from += chunk) {
-            int64_t to = std::min(o.width, from + chunk);
-            const uint8_t* w = o.packed + from * UNIT;
-            if (o.four) {
-                unpack(o.packed + from * UNIT / 2, (to - from) / 2, room);
-                w = room;
-            }
-            for (int64_t block = first; block < last; block++) {
-                int64_t start = blocks.start(block), height = blocks.rows(block);
-                float* mine = sums + (start - begin) * PANEL;
-                tile_of(height)(s, o, start, from, to, w, mine);
-                if (to == o.width) write(s, c, start, height, panel, mine);
-            }
-        }
-        return;
+        nibbles_of(rows, UpTo<BLOCK_ROWS>())(o, sums);
+        return write(s, c, begin, rows, panel, sums);
     }
-    write(s, c, begin, rows, panel, sums);
+    for (int64_t from = 0; from < o.width; from += chunk) {
+        int64_t to = std::min(o.width, from + chunk);
+        const uint8_t* w = o.packed + from * UNIT;
+        if (o.four) {
+            unpack(o.packed + from * UNIT / 2, (to - from) / 2, room);
+            w = room;
+        }
+        for (int64_t block = first; block < last; block++) {
+            int64_t start = blocks.start(block), height = blocks.rows(block);
+            float* mine = sums + (start - begin) * PANEL;
+            tile_of(height, UpTo<BLOCK_ROWS>())(s, o, start, from, to, w, mine);
+            if (to == o.width) write(s, c, start, height, panel, mine);
+        }
+    }
 }
 
 }  // namespace ove

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <utility>
 
 #include "simd.h"
 #include "step.h"
@@ -13,6 +14,12 @@ constexpr int BLOCK_ROWS = 12;  // 24 sums, two weights, and registers to spare
 #else
 constexpr int BLOCK_ROWS = 2;
 #endif
+
+// Kernels are compiled for each count of rows, 1 to a block's height: a table of them is made from UpTo<that>.
+template <int... R>
+using Counts = std::integer_sequence<int, R...>;
+template <int MOST>
+using UpTo = std::make_integer_sequence<int, MOST>;
 
 // Rows divided into blocks of almost equal height. A block holds, unit by unit, that unit of all its rows.
 struct Blocks {
