@@ -13,16 +13,15 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 from pathlib import Path
 from typing import Any
 
 import click
 import numpy as np
+from rows_svg import TOP, bottom_of, diamond, frame, join, middle_of, ring, text, upright
 from safetensors.numpy import save_file
 
 import onevision_edge
-from onevision_edge.calibration.frontier_svg import STYLE
 from onevision_edge.calibration.quality import logits_of
 from onevision_edge.calibration.recipe import Methods
 from onevision_edge.calibration.rows import Row
@@ -123,58 +122,38 @@ def lines(records: Sequence[dict[str, Any]]) -> Iterator[tuple[str, ...]]:
         yield tuple(cells)
 
 
-_LEFT, _RIGHT, _TOP, _ROW = 190, 600, 92, 34
-_MORE = """
-.join { stroke: var(--quiet); stroke-width: 1.5; }
-.outliers { fill: var(--chosen); stroke: var(--paper); }
-.reference { stroke: var(--line); stroke-dasharray: 5 4; }
-.name { fill: var(--ink); }
-"""
+_LEFT, _RIGHT = 190, 600
 
 
 def figure(records: Sequence[dict[str, Any]], title: str) -> str:
     """Exact answers as they are (a ring) and with outliers (a diamond), a line for each case, as SVG."""
-    bottom = _TOP + _ROW * len(records)
+    bottom = bottom_of(len(records))
     reference = records[0]["as_it_is"]["accuracy_reference"]
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 760 {bottom + 52}" width="760" role="img">'
-    body = [head, f"<title>{escape(title)}</title>", f"<style>{STYLE}{_MORE}</style>"]
-    body += [f'<rect class="paper" width="760" height="{bottom + 52}"/>', _text("title", 16, 28, title)]
-    body += [f'<circle class="mark" cx="22" cy="52" r="4.5"/>{_text("", 34, 56, "as trained")}']
-    body += [f"{_diamond(130, 52)}{_text('', 144, 56, 'with outliers, the same function')}"]
+    body = frame(title, len(records))
+    body += [ring(22, 52) + text("", 34, 56, "as trained")]
+    body += [diamond(130, 52) + text("", 144, 56, "with outliers, the same function")]
     for percent in range(0, 101, 20):
-        body.append(_upright("grid", _x(percent / 100), bottom))
-        body.append(_text("", _x(percent / 100), bottom + 20, str(percent), "middle"))
-    body.append(_text("", (_LEFT + _RIGHT) / 2, bottom + 42, "held-out questions answered exactly, %", "middle"))
-    body.append(_upright("reference", _x(reference), bottom))
-    body.append(_text("", _x(reference), _TOP - 12, f"full precision {100 * reference:.1f}", "middle"))
+        body.append(upright("grid", _x(percent / 100), bottom))
+        body.append(text("", _x(percent / 100), bottom + 20, str(percent), "middle"))
+    body.append(text("", (_LEFT + _RIGHT) / 2, bottom + 42, "held-out questions answered exactly, %", "middle"))
+    body.append(upright("reference", _x(reference), bottom))
+    body.append(text("", _x(reference), TOP - 12, f"full precision {100 * reference:.1f}", "middle"))
     for number, record in enumerate(records):
-        body += _row(record, _TOP + _ROW * number + _ROW // 2)
+        body += _row(record, middle_of(number))
     return "\n".join([*body, "</svg>", ""])
 
 
 def _row(record: dict[str, Any], y: int) -> Iterator[str]:
     before, after = (record[key]["accuracy"] for key in ("as_it_is", "with_outliers"))
-    yield _text("name", 16, y + 4, f"{record['precision'].upper()}, {record['case']}")
-    yield f'<line class="join" x1="{_x(before):g}" y1="{y}" x2="{_x(after):g}" y2="{y}"/>'
-    yield f'<circle class="mark" cx="{_x(before):g}" cy="{y}" r="4.5"/>'
-    yield _diamond(_x(after), y)
-    yield _text("name", _RIGHT + 24, y + 4, f"{100 * before:.1f} → {100 * after:.1f} %")
+    yield text("name", 16, y + 4, f"{record['precision'].upper()}, {record['case']}")
+    yield join(_x(before), _x(after), y)
+    yield ring(_x(before), y)
+    yield diamond(_x(after), y)
+    yield text("name", _RIGHT + 24, y + 4, f"{100 * before:.1f} → {100 * after:.1f} %")
 
 
 def _x(share: float) -> float:
     return round(_LEFT + share * (_RIGHT - _LEFT), 1)
-
-
-def _text(kind: str, x: float, y: float, text: str, anchor: str = "start") -> str:
-    return f'<text class="{kind}" x="{x:g}" y="{y:g}" text-anchor="{anchor}">{escape(text)}</text>'
-
-
-def _upright(kind: str, x: float, bottom: int) -> str:
-    return f'<line class="{kind}" x1="{x:g}" y1="{_TOP}" x2="{x:g}" y2="{bottom}"/>'
-
-
-def _diamond(x: float, y: float) -> str:
-    return f'<path class="outliers" d="M{x:g} {y - 7:g}l7 7l-7 7l-7 -7z"/>'
 
 
 @click.command()

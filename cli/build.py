@@ -3,6 +3,7 @@
 import logging
 import shlex
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -139,13 +140,7 @@ def _build_cpu(bundle: Path, parts: list[str] | None, overwrite: bool, as_json: 
     from ..engines.cpu.build import build_cpu
 
     context = click.get_current_context()
-    given = [
-        parameter.opts[0]
-        for parameter in context.command.params
-        if context.get_parameter_source(parameter.name or "") == click.core.ParameterSource.COMMANDLINE
-        and parameter.name not in _CPU_OPTIONS
-    ]
-    if given:
+    if given := [option.opts[0] for option in _given(context) if option.name not in _CPU_OPTIONS]:
         raise click.UsageError(
             f"{', '.join(given)}: the cpu target takes --parts, --floats, --check and --overwrite alone"
         )
@@ -165,6 +160,14 @@ def _build_cpu(bundle: Path, parts: list[str] | None, overwrite: bool, as_json: 
     say(f"wrote {bundle / 'engines' / 'cpu'}: {', '.join(record.parts)} for {record.machine['kernels']} kernels")
 
 
+def _given(context: click.Context) -> Iterator[click.Option]:
+    """The options that stand on the command line."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if isinstance(parameter, click.Option) and source == click.core.ParameterSource.COMMANDLINE:
+            yield parameter
+
+
 def _cpu_row(part: str, one: Any) -> tuple[str, ...]:
     found = sum(spec.size for spec in one.files.values())
     check = one.check
@@ -173,7 +176,7 @@ def _cpu_row(part: str, one: Any) -> tuple[str, ...]:
     return part, size(found), size(one.bytes_per_row), one.floats, *compared, times
 
 
-_CPU_OPTIONS = ("bundle", "names", "parts", "floats", "overwrite", "check", "as_json")
+_CPU_OPTIONS = ("names", "parts", "floats", "overwrite", "check", "as_json")
 
 
 def _tell(plan: "BuildPlan", record: "EngineSet | None", as_json: bool) -> None:
@@ -220,12 +223,10 @@ def _again(names: str) -> str:
 
     context = click.get_current_context()
     words = ["onevision-edge", "build", BUNDLE, "--target", names]
-    for parameter in context.command.params:
-        value = context.params.get(parameter.name or "")
-        given = context.get_parameter_source(parameter.name or "") == click.core.ParameterSource.COMMANDLINE
-        if parameter.name in _REPEATED or not isinstance(parameter, click.Option) or not given:
-            continue
-        words += [parameter.opts[0]] if value is True else [parameter.opts[0], str(value)]
+    for option in _given(context):
+        value = context.params.get(option.name or "")
+        if option.name not in _REPEATED:
+            words += [option.opts[0]] if value is True else [option.opts[0], str(value)]
     return shlex.join([*words, "--overwrite"])
 
 

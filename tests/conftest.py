@@ -89,7 +89,9 @@ def script() -> Callable[[str], ModuleType]:
         assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.modules[module.__name__] = module  # where dataclasses look
-        spec.loader.exec_module(module)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(where.parent)  # where a script finds its neighbours
+            spec.loader.exec_module(module)
         return module
 
     return loaded

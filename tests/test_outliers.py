@@ -91,6 +91,6 @@ def test_the_figure_shows_every_case(outliers: ModuleType) -> None:
     svg = ET.fromstring(outliers.figure(records, "16 channels < all"))
     texts = [element.text for element in svg.iter() if element.tag.endswith("}text")]
     assert {"INT8, a & b", "95.0 → 0.0 %", "INT4, c", "90.0 → 100.0 %", "full precision 95.0"} <= set(texts)
-    drawn = [element for element in svg.iter() if element.get("class") == "outliers"]
+    drawn = [element for element in svg.iter() if element.get("class") == "diamond"]
     assert len(drawn) == 3  # one of them in the legend
     assert [line[3] for line in outliers.lines(records)] == ["1.0e-04", "1.0e-04"]

@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from onevision_edge.runtime.processor import cpu_flags, cpu_name
+
 from .engines import MEASUREMENTS, Text, cache_bytes, weight_bytes, weights
 from .worker import seconds
 
@@ -69,8 +71,6 @@ def _numpy_read_rate() -> float:
 
 def cpu() -> dict[str, Any]:
     """The processor's name, and those of its extensions that matter here."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    fields = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     known = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "avx_vnni", "asimddp", "i8mm")
-    flags = (fields.get("flags") or fields.get("Features") or "").split()
-    return {"processor": fields.get("model name", "unknown"), "extensions": [flag for flag in known if flag in flags]}
+    flags = cpu_flags()
+    return {"processor": cpu_name(), "extensions": [flag for flag in known if flag in flags]}
