@@ -1,0 +1,1 @@
+"""Reports: is it still the same model, and how fast is it."""
