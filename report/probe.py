@@ -23,6 +23,13 @@ def layer_stage(index: int) -> str:
     return f"decoder.layers.{index}"
 
 
+def stage_rank(stage: str) -> tuple[int, int]:
+    """What stages are sorted by, to stand in the model's order."""
+    name, _, index = stage.rpartition(".")
+    kinds = [PREPROCESS, PATCH_EMBED, "vision.blocks", MERGER, STITCHED, "decoder.layers", LOGITS, TOKENS]
+    return (kinds.index(name), int(index)) if index.isdecimal() else (kinds.index(stage), 0)
+
+
 class Probe(Protocol):
     """What a model that can be looked into tells. One image (or frame) at a time, then one sequence.
 

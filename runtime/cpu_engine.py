@@ -2,8 +2,9 @@
 
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from ..bundle import Bundle
+from ..bundle import Bundle, GraphSpec
 from ..engines.cpu.record import CpuRecord, check_part, folder_of, read_record
 from ..errors import OneVisionError
 from .backend import Graph, SessionOptions
@@ -42,7 +43,11 @@ class CpuEngine:
                 f"onevision-edge build {bundle.directory} --target cpu"
             )
         check_part(bundle, self._record, part)
-        return CpuGraph(folder_of(bundle), part, spec, self.pool())
+        return self.graph(folder_of(bundle), part, spec)
+
+    def graph(self, folder: Path, part: str, spec: GraphSpec) -> CpuGraph:
+        """The program in a folder, loaded."""
+        return CpuGraph(folder, part, spec, self.pool())
 
     def pool(self) -> Pool:
         """The threads that all graphs of a bundle share."""
