@@ -5,6 +5,8 @@ A recording is made by every comparison, and can be kept: then a machine without
     reference.json          what it is of: subject, model, data, rows, how far rounding to BF16 moves every stage
     NNNN.ids.npy            of row NNNN: int64 [tokens]
     NNNN.logits.npy         float32 [positions, vocab]
+    NNNN.likeliest.npy      of what it answered: int64 [tokens + 1, 32], its likeliest ids at each place
+    NNNN.logits_of.npy      float32 [tokens + 1, 32], their logits
     NNNN.STAGE.f32          of the rows that were walked: float32 [n, width], without a header
 """
 
@@ -27,6 +29,7 @@ from ..errors import OneVisionError
 from .probe import stage_rank
 
 RECORD, FORMAT, FORMAT_VERSION = "reference.json", "onevision-edge reference", 1
+LIKELIEST = 32  # tokens that are kept of an answer's distributions
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +100,10 @@ class Recording:
         """Of a row: int64 [tokens]."""
         return self._array(f"{index:04d}.ids.npy")
 
+    def likeliest(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """Ids and logits of the likeliest tokens at each place of the reference's answer, [tokens + 1, n] each."""
+        return self._array(f"{index:04d}.likeliest.npy"), self._array(f"{index:04d}.logits_of.npy")
+
     def _array(self, name: str) -> np.ndarray:
         try:
             return np.load(self.directory / name, mmap_mode="r", allow_pickle=False)
@@ -122,8 +129,8 @@ class Recording:
             raise OneVisionError(f"{directory / RECORD} is not what this version writes; record the reference again")
         try:
             rows = [RecordedRow(**row) for row in raw["rows"]]
-            values = [raw[key] for key in ("subject", "model", "data", "max_tokens")]
-            found = cls(directory, *values, rows, dict(raw["widths"]), dict(raw["noise"]))
+            told = {key: raw[key] for key in ("subject", "model", "data", "max_tokens", "widths", "noise")}
+            found = cls(directory=directory, rows=rows, **told)
             _check_files(directory, raw["files"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise OneVisionError(f"{directory / RECORD} is not what this version writes: {error!r}") from error
@@ -164,10 +171,14 @@ class StreamWriter:
             file.close()
 
 
-def save_row(recording: Recording, index: int, ids: np.ndarray, logits: np.ndarray) -> None:
-    """Ids and logits of a row."""
-    np.save(recording.directory / f"{index:04d}.ids.npy", ids.astype(np.int64))
-    np.save(recording.directory / f"{index:04d}.logits.npy", logits.astype(np.float32))
+def save_row(recording: Recording, index: int, ids: np.ndarray, logits: np.ndarray, answered: np.ndarray) -> None:
+    """Ids and logits of a row, and the likeliest tokens where its answer was given: logits [tokens + 1, vocab]."""
+    count = min(LIKELIEST, answered.shape[1])
+    best = np.argpartition(-answered, count - 1, axis=1)[:, :count]
+    arrays = {"ids": ids.astype(np.int64), "logits": logits.astype(np.float32)}
+    arrays |= {"likeliest": best, "logits_of": np.take_along_axis(answered, best, axis=1).astype(np.float32)}
+    for name, values in arrays.items():
+        np.save(recording.directory / f"{index:04d}.{name}.npy", values)
 
 
 def recorded_row(row: Row, scored: Scored, generated: list[int], walked: bool) -> RecordedRow:

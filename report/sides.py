@@ -15,7 +15,6 @@ from ..engines.cpu.record import has_engine
 from ..engines.record import CPU
 from ..errors import OneVisionError
 from ..runtime.backend import SessionOptions
-from ..runtime.cache import Backend
 from ..runtime.cpu_engine import CpuOrPlain
 from ..runtime.memory import memory_field
 from ..runtime.model import Model, load
@@ -167,7 +166,7 @@ class BundleSide:
             self._staged = Model(self.bundle, backend, image_cache=0, prefix_caches=0), probed
         return self._staged[0]
 
-    def _staged_backend(self) -> tuple[Backend, list[Any]]:
+    def _staged_backend(self) -> tuple[Any, list[Any]]:
         plain = Staged(SessionOptions(threads=self._threads, exact=self._exact), rounded=self._rounded)
         if self._backend == ONNXRUNTIME:
             return plain, [plain]

@@ -34,7 +34,7 @@ class Staged:
     rounded: bool = False
     probe: Probe | None = None
 
-    def open(self, bundle: Bundle, part: str) -> "StagedGraph":
+    def open(self, bundle: Bundle, part: str) -> Any:
         """A graph, cut into stages. Raises OneVisionError."""
         return StagedGraph(bundle, part, self)
 
