@@ -11,7 +11,7 @@ from ..bundle import Progress, no_progress
 from ..calibration.rows import Row
 from ..calibration.scored import scored
 from ..runtime.tokenizer import Tokenizer
-from .distribution import RowDistribution, row_distribution, rounding_step
+from .distribution import RowDistribution, rounding_step, row_distribution
 from .metrics import METRICS
 from .question import Question, Questions
 from .recording import Recording
@@ -49,9 +49,7 @@ class Answered:
         return self.ids == self.reference_ids or (self.text is not None and self.text == self.reference_text)
 
 
-def answer_rows(
-    side: Side, recording: Recording, data: Questions, progress: Progress = no_progress
-) -> list[Answered]:
+def answer_rows(side: Side, recording: Recording, data: Questions, progress: Progress = no_progress) -> list[Answered]:
     """Ask every row of the recording."""
     rows = []
     for index, question in enumerate(data.questions):
@@ -119,7 +117,9 @@ def metrics(rows: Sequence[Answered], seed: int) -> dict[str, Any]:
     if told:
         found |= _distribution_metrics(told, seed)
     found |= _answer_metrics(rows, seed)
-    return {name: found[name].to_dict() for name in METRICS if name in found}
+    order = list(METRICS)
+    names = sorted(found, key=lambda name: (order.index(name.removesuffix("_reference")), name))
+    return {name: found[name].to_dict() for name in names}
 
 
 def _distribution_metrics(told: Sequence[RowDistribution], seed: int) -> dict[str, Interval]:

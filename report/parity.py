@@ -17,7 +17,8 @@ from ..calibration.scored import scored
 from ..errors import OneVisionError
 from .answers import answer_rows, examples, metrics, paired_tests, score_record, token_record
 from .data import open_data
-from .gates import Gates, judge, judge_record
+from .gates import Gates
+from .judging import FORMAT, FORMAT_VERSION, judge, judge_record
 from .locate import failed_module
 from .machine import machine
 from .question import Questions
@@ -25,7 +26,6 @@ from .recording import RECORD, Recording, recorded_row, save_row
 from .sides import BundleSide, Side, check_same_model
 from .walk import evenly, floor, stage_records, walk, walk_reference
 
-FORMAT, FORMAT_VERSION = "onevision-edge parity", 1
 Told = Callable[[str], Any]  # a context manager that gives a Progress for a job by its name
 
 
@@ -80,7 +80,13 @@ def _record_rows(side: Side, recording: Recording, data: Questions, walked: set[
             row = data[index]
             places = scored(row, side.config)
             generated = side.generate(row, recording.max_tokens)
-            save_row(recording, index, row.input_ids, side.logits(row, places.positions), _answer_logits(side, row, generated))
+            save_row(
+                recording,
+                index,
+                row.input_ids,
+                side.logits(row, places.positions),
+                _answer_logits(side, row, generated),
+            )
             recording.rows.append(recorded_row(row, places, generated, index in walked))
             progress(index + 1, len(data), row.name)
 
@@ -107,7 +113,9 @@ def compare(
     others = sum(row.distribution is None for row in rows)
     subject = side.subject
     if others:
-        note = f"{others} of {len(rows)} rows were prepared otherwise than the reference's; distributions leave them out"
+        note = (
+            f"{others} of {len(rows)} rows were prepared otherwise than the reference's; distributions leave them out"
+        )
         subject = replace(subject, notes=(*subject.notes, note))
     tokens = token_record(rows)
     candidate = {
@@ -115,7 +123,7 @@ def compare(
         "stages": [*stages, _tokens_stage(tokens)],
         "tokens": tokens,
         "metrics": metrics(rows, plan.seed),
-        "paired": paired_tests(rows, gates.of(subject.precision).margins, plan.seed),
+        "paired": paired_tests(rows, gates.of(subject.precision).worse_by, plan.seed),
         "examples": examples(rows, plan.examples),
         "scores": [score_record(row) for row in rows],
         "failed_module": None,
@@ -144,7 +152,9 @@ def _same_data(side: Side, recording: Recording, plan: Plan) -> Questions:
     return data
 
 
-def parity_record(recording: Recording, candidates: Sequence[dict[str, Any]], plan: Plan, gates: Gates) -> dict[str, Any]:
+def parity_record(
+    recording: Recording, candidates: Sequence[dict[str, Any]], plan: Plan, gates: Gates
+) -> dict[str, Any]:
     """The record of a comparison."""
     data = {key: recording.data[key] for key in ("source", "rows", "seed", "samples")}
     walked = [row.name for row in recording.rows if row.walked]
@@ -188,7 +198,7 @@ def open_reference(
 
 def _fp32_side(source: str, folder: Path, threads: int | None, told: Told) -> BundleSide:
     """The FP32 graphs of a checkpoint."""
-    from ..export.checkpoint_bundle import export
+    from ..export import export
 
     with told(f"{source}: FP32 graphs") as progress:
         export(source, folder / "fp32", dtype="fp32", progress=progress)
@@ -210,8 +220,7 @@ def is_recording(source: str) -> bool:
 
 
 def shipped_reference(bundle: Path) -> str | None:
-    """The shipped checkpoint where a bundle was made of it: what it is compared with if nothing else is asked for."""
+    """The shipped checkpoint's name where a bundle is of its shape: the reference if no other is named."""
     from ..export.checkpoint import Checkpoint
 
-    made_of = Bundle.open(bundle).manifest.provenance.get("weights_sha256")
-    return "demo" if made_of == Checkpoint.open("demo").weights_sha256() else None
+    return "demo" if Bundle.open(bundle).manifest.model == Checkpoint.open("demo").config else None

@@ -175,7 +175,7 @@ def save_row(recording: Recording, index: int, ids: np.ndarray, logits: np.ndarr
     """Ids and logits of a row, and the likeliest tokens where its answer was given: logits [tokens + 1, vocab]."""
     count = min(LIKELIEST, answered.shape[1])
     best = np.argpartition(-answered, count - 1, axis=1)[:, :count]
-    arrays = {"ids": ids.astype(np.int64), "logits": logits.astype(np.float32)}
+    arrays: dict[str, np.ndarray] = {"ids": ids.astype(np.int64), "logits": logits.astype(np.float32)}
     arrays |= {"likeliest": best, "logits_of": np.take_along_axis(answered, best, axis=1).astype(np.float32)}
     for name, values in arrays.items():
         np.save(recording.directory / f"{index:04d}.{name}.npy", values)

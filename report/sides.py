@@ -94,26 +94,29 @@ class BundleSide:
         if self._backend == TENSORRT:
             probe.after("merger", _image_embeds(model, row))
         probe.after(STITCHED, model.embed(*_inputs(row)))
-        self._look(_DecoderOnly(probe))
-        probe.after(LOGITS, model.logits_at(positions, *_inputs(row), prompt=max(row.answer_start, 1)))
-        self._look(None)
+        self._decode(model, row, probe, positions)
 
     def trace_fed(self, row: Row, probe: Probe, positions: np.ndarray, image_embeds: np.ndarray | None) -> None:
-        """Every stage by itself: the probe gives what each is to read. image_embeds: [image tokens, D] to stitch in."""
+        """The same where the probe gives what each stage is to read. image_embeds: [image tokens, D] to stitch in."""
         model = self._traced(probe)
         _encode(model, row, probe)
         self._look(None)
         probe.after(STITCHED, model.stitch(row.input_ids, *_split(row, self.config, image_embeds)))
+        self._decode(model, row, probe, positions)
+
+    def _decode(self, model: Model, row: Row, probe: Probe, positions: np.ndarray) -> None:
         self._look(_DecoderOnly(probe))
-        chunk, model.prefill_chunk = model.prefill_chunk, len(row.input_ids)
-        probe.after(LOGITS, model.logits_at(positions, *_inputs(row)))
-        model.prefill_chunk = chunk
+        probe.after(LOGITS, model.logits_at(positions, *_inputs(row), prompt=max(row.answer_start, 1)))
         self._look(None)
 
     @property
     def can_be_fed(self) -> bool:
         """Whether its stages can be run by themselves."""
         return self._backend != TENSORRT
+
+    def encode(self, row: Row) -> np.ndarray:
+        """Embeddings of the row's images and frames: float32 [image tokens, D]."""
+        return _image_embeds(self._whole(), row)
 
     def logits(self, row: Row, positions: np.ndarray) -> np.ndarray:
         """Next-token logits, all tokens at once: float32 [n, vocab]."""

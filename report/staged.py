@@ -103,6 +103,15 @@ class StagedGraph(OnHost):
         found = self._once(cut, values, caches, [*names.values()])
         return {module: float32(found[name], self.fmt) for module, name in names.items()}
 
+    def floats(self, values: np.ndarray) -> np.ndarray:
+        """float32 values in the graph's format."""
+        return from_float32(values, self.fmt)
+
+    def empty_caches(self, batch: int) -> dict[str, np.ndarray]:
+        """A KV cache in which nothing is written, by the names of the graph's inputs."""
+        shapes = {t.name: (batch, *t.shape[1:]) for t in self.spec.inputs if t.name.startswith("past_")}
+        return {name: np.zeros(tuple(map(int, shape)), self.cache_dtype) for name, shape in shapes.items()}
+
     def _run(
         self, cut: Cut, stream: str, values: dict[str, np.ndarray], caches: Mapping[str, np.ndarray]
     ) -> dict[str, np.ndarray]:

@@ -120,7 +120,7 @@ def walk(
 def _walk_fed(
     side: BundleSide, recording: Recording, index: int, row: Row, positions: np.ndarray, found: Walked
 ) -> None:
-    probe = Comparing(recording, index, found.own, feed=True, prompt=len(row.input_ids), positions=positions)
+    probe = Comparing(recording, index, found.own, feed=True, prompt=max(row.answer_start, 1), positions=positions)
     merged = recording.stream(index, "merger")
     side.trace_fed(row, probe, positions, None if merged is None else np.asarray(merged))
 
@@ -170,11 +170,8 @@ def floor(side: Side, recording: Recording, progress: Progress = no_progress) ->
 
 def stage_records(found: Walked, recording: Recording) -> list[dict[str, Any]]:
     """A record for every stage that was compared, in the model's order, not yet judged."""
-    return [
-        _record(stage, found, recording.noise.get(stage, {}))
-        for stage in recording.widths
-        if stage in found.error or stage in found.own
-    ]
+    compared = [s for s in recording.widths if to_dict(found.error.get(s)) or to_dict(found.own.get(s))]
+    return [_record(stage, found, recording.noise.get(stage, {})) for stage in compared]
 
 
 def _record(stage: str, found: Walked, noise: Mapping[str, Any]) -> dict[str, Any]:
