@@ -97,6 +97,7 @@ def parity(
     gates = load_gates(gates_file)
     plan = Plan(data, samples, walked, max_tokens, seed, noise)
     source = reference or _shipped(bundles)
+    running["memory"] = None if running["memory"] is None else int(running["memory"] * 1e9)
     options = {"runtime": runtime, "trust_remote_code": trust_remote_code, "work": work, **running}
     with write_report(output, overwrite) as report:
         recording, candidates = _compared(bundles, source, plan, gates, save_reference, overwrite, options)
@@ -146,7 +147,7 @@ def _compared(
             raise click.UsageError(f"{source} is a stored reference already")
         recording = Recording.open(source)
         return recording, [_candidate(path, recording, plan, gates, None, options) for path in bundles]
-    settings = {name: options[name] for name in ("runtime", "trust_remote_code", "threads", "work")}
+    settings = {name: options[name] for name in ("runtime", "trust_remote_code", "threads", "memory", "work")}
     with open_reference(source, **settings, told=told) as side, recording_directory(kept, overwrite) as directory:
         recording = record_reference(side, plan, directory, told)
         return recording, [_candidate(path, recording, plan, gates, side, options) for path in bundles]
@@ -158,7 +159,8 @@ def _candidate(
     from ..report.parity import compare
     from ..report.sides import BundleSide
 
-    side = BundleSide(path, engines=engines_of(options["engines"]), threads=options["threads"], exact=options["exact"])
+    settings = {name: options[name] for name in ("threads", "exact", "memory")}
+    side = BundleSide(path, engines=engines_of(options["engines"]), **settings)
     try:
         return compare(side, recording, plan, gates, progress_of_rows, reference)
     finally:

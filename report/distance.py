@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+PREFILL, DECODE = "prefill", "decode"
 _TINY = 1e-30
 
 
@@ -14,8 +15,9 @@ class Distance:
     """Over all values: the largest and the mean absolute error. Over all rows (patches, tokens), each by itself:
 
     relative_l2: the root mean square of |error| / |reference|, so that a few rows with huge values, which language
-    models have at their first token, hide nothing of the others; cosine: the mean of theirs; snr_db: relative_l2 in
-    decibels, None where it is 0.
+    models have at their first token, hide nothing of the others, and of prefill and decoding the worse, so that many
+    tokens of a prompt hide nothing of an answer's; cosine: the mean of theirs; snr_db: relative_l2 in decibels, None
+    where it is 0.
     """
 
     max_abs: float
@@ -52,7 +54,8 @@ class DistanceTally:
     worst: Place | None = None
     _largest: float = 0.0
     _absolute: float = 0.0
-    _relative_squares: float = 0.0
+    _squares: dict[str, float] = field(default_factory=lambda: {PREFILL: 0.0, DECODE: 0.0})  # of relative errors
+    _counts: dict[str, int] = field(default_factory=lambda: {PREFILL: 0, DECODE: 0})
     _cosines: float = 0.0
     _finite: bool = field(default=True)
 
@@ -71,17 +74,19 @@ class DistanceTally:
         norms = np.sqrt(np.square(wanted).sum(axis=1))
         relative = np.sqrt(np.square(error).sum(axis=1)) / np.maximum(norms, _TINY)
         relative[(norms == 0) & ~error.any(axis=1)] = 0
-        self._relative_squares += float(np.square(relative).sum())
+        begun = min(max(decode_from - first, 0), len(relative))
+        for phase, part in ((PREFILL, relative[:begun]), (DECODE, relative[begun:])):
+            self._squares[phase] += float(np.square(part).sum())
+            self._counts[phase] += len(part)
         self._cosines += float(_cosine(wanted, got, norms).sum())
         at = int(relative.argmax())
         if self.worst is None or relative[at] > self.worst.relative:
-            phase = "decode" if first + at >= decode_from else "prefill"
-            self.worst = Place(row, first + at, phase, float(relative[at]))
+            self.worst = Place(row, first + at, PREFILL if at < begun else DECODE, float(relative[at]))
 
     def differ(self, row: str, position: int) -> None:
         """Note that a row's values cannot be compared: other shapes, or other ids."""
         self._finite, self.rows = False, self.rows + 1
-        self.worst = Place(row, position, "prefill", math.inf)
+        self.worst = Place(row, position, PREFILL, math.inf)
 
     def distance(self) -> Distance | None:
         """All so far; None where nothing was compared. A value that is not finite makes all of it infinite."""
@@ -89,7 +94,7 @@ class DistanceTally:
             return None
         if not self._finite:
             return Distance(math.inf, math.inf, math.inf, 0.0, -math.inf)
-        relative = math.sqrt(self._relative_squares / self.rows)
+        relative = max(math.sqrt(self._squares[phase] / max(count, 1)) for phase, count in self._counts.items())
         snr = -20 * math.log10(relative) if relative > 0 else None
         return Distance(self._largest, self._absolute / self.values, relative, self._cosines / self.rows, snr)
 

@@ -15,6 +15,11 @@ from .staged import StagedGraph
 from .walk import walked_row
 
 _VISION = ("patch_embed", "vision", "merger")
+# Modules whose outputs a quantised bundle may hold under other scales, which the next one's weights take up.
+_FOLDED = {
+    *("input_layernorm", "post_attention_layernorm", "norm1", "norm2", "visual.merger.ln_q", "model.norm"),
+    *("attn.qkv", "attn", "self_attn.v_proj", "self_attn", "mlp.up_proj", "mlp"),
+}
 
 
 def failed_module(
@@ -23,6 +28,7 @@ def failed_module(
     """The module of the first failed stage, both stages reading what the reference's stage before gave.
 
     None where the stage is right by itself, where it has no modules, or where one of the sides is not ONNX graphs.
+    In a quantised bundle, modules with a folded scale are passed over, so that the next one may be named for theirs.
     """
     stage = judged["first_failed_stage"]
     if not (isinstance(reference, BundleSide) and isinstance(side, BundleSide)):
@@ -37,7 +43,8 @@ def failed_module(
     index = recording.walked[0]
     row = walked_row(recording.row(index))
     wanted, found = (_outputs(graph, part, stage, recording, index, row) for graph in graphs)
-    return _first_beyond(stage, wanted, found, limit)
+    passed = _FOLDED if side.bundle.manifest.quantization is not None else set()
+    return _first_beyond(stage, {k: v for k, v in wanted.items() if k not in passed}, found, limit)
 
 
 def _first_beyond(

@@ -173,7 +173,14 @@ def parity_record(
 
 @contextmanager
 def open_reference(
-    source: str, *, runtime: str, trust_remote_code: bool, threads: int | None, work: Path | None, told: Told = quiet
+    source: str,
+    *,
+    runtime: str,
+    trust_remote_code: bool,
+    threads: int | None,
+    memory: int | None,
+    work: Path | None,
+    told: Told = quiet,
 ) -> Iterator[Side]:
     """A bundle, or a checkpoint as FP32 graphs or in PyTorch, to compare with. Raises OneVisionError.
 
@@ -182,13 +189,13 @@ def open_reference(
     if (Path(source) / MANIFEST).is_file():
         if runtime != "onnx":
             raise OneVisionError(f"{source} is a bundle, which ONNX Runtime runs; give transformers a checkpoint")
-        side: Any = BundleSide(source, threads=threads, exact=True, engines=False)
+        side: Any = BundleSide(source, threads=threads, memory=memory, exact=True, engines=False)
         yield side
         side.close()
         return
     folder = Path(tempfile.mkdtemp(prefix="onevision-edge-fp32-", dir=work))
     try:
-        graphs = _fp32_side(source, folder, threads, told)
+        graphs = _fp32_side(source, folder, threads, memory, told)
         side = graphs if runtime == "onnx" else _transformers_side(source, graphs, trust_remote_code, threads)
         yield side
         side.close()
@@ -196,14 +203,15 @@ def open_reference(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _fp32_side(source: str, folder: Path, threads: int | None, told: Told) -> BundleSide:
+def _fp32_side(source: str, folder: Path, threads: int | None, memory: int | None, told: Told) -> BundleSide:
     """The FP32 graphs of a checkpoint."""
     from ..export import export
 
     with told(f"{source}: FP32 graphs") as progress:
         export(source, folder / "fp32", dtype="fp32", progress=progress)
     name = "shipped model" if source == "demo" else Path(source).name
-    return BundleSide(folder / "fp32", threads=threads, engines=False, name=f"{name}, FP32 graphs", kind="checkpoint")
+    name = f"{name}, FP32 graphs"
+    return BundleSide(folder / "fp32", threads=threads, memory=memory, engines=False, name=name, kind="checkpoint")
 
 
 def _transformers_side(source: str, graphs: BundleSide, trust_remote_code: bool, threads: int | None) -> Side:

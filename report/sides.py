@@ -56,7 +56,10 @@ class Side(Protocol):
 
 
 class BundleSide:
-    """A bundle on ONNX Runtime, in its cpu engine or in TensorRT engines: what `load` makes of `engines`."""
+    """A bundle on ONNX Runtime, in its cpu engine or in TensorRT engines: what `load` makes of `engines`.
+
+    memory: bytes that it may take; where the whole model needs more, it runs in stages. None: half of what is free.
+    """
 
     def __init__(
         self,
@@ -66,6 +69,7 @@ class BundleSide:
         threads: int | None = None,
         exact: bool = False,
         rounded: bool = False,
+        memory: int | None = None,
         name: str | None = None,
         kind: str = "bundle",
     ) -> None:
@@ -74,6 +78,7 @@ class BundleSide:
             self.bundle.graph(part)
         self.config = self.bundle.manifest.model
         self._engines, self._threads, self._exact, self._rounded = engines, threads, exact, rounded
+        self._memory = memory if memory is not None else (memory_field("MemAvailable") or 1 << 62) // 2
         self._backend = _backend_name(self.bundle, engines)
         self.subject = bundle_subject(self.bundle, self._backend, name=name, kind=kind)
         self.preparer = Preparer.from_directory(self.bundle.directory, self.config)
@@ -84,7 +89,14 @@ class BundleSide:
         """The plain graphs with every value rounded to BF16."""
         if self.subject.dtype == "bf16":
             return None
-        return BundleSide(self.bundle.directory, engines=False, threads=self._threads, exact=self._exact, rounded=True)
+        return BundleSide(
+            self.bundle.directory,
+            engines=False,
+            threads=self._threads,
+            exact=self._exact,
+            rounded=True,
+            memory=self._memory,
+        )
 
     def trace(self, row: Row, probe: Probe, positions: np.ndarray) -> None:
         """As the runtime does it: each image alone, then all stitched in, the prompt in chunks, the answer by token."""
@@ -141,8 +153,7 @@ class BundleSide:
     def _whole(self) -> Model:
         """The model as it is deployed; in stages where its weights would take most of the memory that is free."""
         if self._model is None:
-            available = memory_field("MemAvailable") or 1 << 62
-            if self._rounded or (self._backend == ONNXRUNTIME and self.subject.bytes > available // 2):
+            if self._rounded or (self._backend == ONNXRUNTIME and self._needed() > self._memory):
                 return self._staged_model()
             self._staged = None
             self._model = load(
@@ -154,6 +165,11 @@ class BundleSide:
                 prefix_caches=0,
             )
         return self._model
+
+    def _needed(self) -> int:
+        """Bytes that the weights take when ONNX Runtime has loaded them: it widens FP16, and repacks codes."""
+        graphs = self.bundle.manifest.graphs.values()
+        return sum(n * (1 if kind == "fp32" else 3) for g in graphs for kind, n in g.weights.items())
 
     def _traced(self, probe: Probe) -> Model:
         if self._backend == TENSORRT:
@@ -170,7 +186,8 @@ class BundleSide:
         return self._staged[0]
 
     def _staged_backend(self) -> tuple[Any, list[Any]]:
-        plain = Staged(SessionOptions(threads=self._threads, exact=self._exact), rounded=self._rounded)
+        options = SessionOptions(threads=self._threads, exact=self._exact)
+        plain = Staged(options, self._memory, rounded=self._rounded)
         if self._backend == ONNXRUNTIME:
             return plain, [plain]
         engine = StagedEngine(self._threads)

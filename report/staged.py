@@ -23,14 +23,16 @@ from ..runtime.wide import widened
 from .cuts import PRELUDE, Cut, CutGraph
 from .probe import LOGITS, Probe
 
-_KEPT = 1_500_000_000  # bytes of weights of a graph whose sessions stay open
-
 
 @dataclass
 class Staged:
-    """The graphs of a bundle in stages, as a backend; `probe` looks at those that are open. rounded: in BF16."""
+    """The graphs of a bundle in stages, as a backend; `probe` looks at those that are open.
+
+    memory: bytes that they may take: where all stages need more, one at a time is loaded. rounded: values in BF16.
+    """
 
     options: SessionOptions = field(default_factory=SessionOptions)
+    memory: int = 1 << 62
     rounded: bool = False
     probe: Probe | None = None
 
@@ -55,7 +57,8 @@ class StagedGraph(OnHost):
         data = bundle.path(self.spec.file + ".data")
         self._wide = {} if self.spec.wide is None else {w.name: w for w in self.spec.wide.weights}
         self._data = data
-        self._keep = sum(self.spec.weights.values()) <= _KEPT
+        weights = sum(sum(graph.weights.values()) for graph in bundle.manifest.graphs.values())
+        self._keep = 3 * weights <= backend.memory  # a copy that is widened or repacked beside the file's
         self._open: dict[str, ort.InferenceSession] = {}
 
     @property
