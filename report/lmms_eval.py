@@ -5,8 +5,9 @@ Where onevision-edge and lmms-eval are installed together, lmms-eval finds bundl
     python -m lmms_eval --model onevision_edge --model_args pretrained=BUNDLE,threads=4 \\
         --tasks ocrbench,mmmu_val --batch_size 1 --log_samples --output_path results
 
-A folder of task files is named with --tasks FOLDER or --include_path FOLDER. Its samples files are questions and
-stored answers of a parity report (lmms_samples.py). --force_simple runs tasks of log-likelihoods.
+A folder of task files is named with --tasks FOLDER or --include_path FOLDER. --force_simple runs tasks of
+log-likelihoods. The samples files are questions and stored answers of a parity report (lmms_samples.py). lmms-eval
+0.7.3 needs filelock before version 4.
 """
 
 import hashlib

@@ -55,12 +55,13 @@ class _Bundle(lmms):
         return found
 
     def loglikelihood(self, requests: list[Instance]) -> list[GenerationResult]:
-        """(sum of the log-probabilities of the continuation's tokens, whether greedy decoding gives it) of each.
+        """(mean negative log-likelihood of the continuation's tokens, whether greedy decoding gives it) of each.
 
-        White space before a continuation is left out: here it follows the line that opens the assistant's turn.
+        A loss, as lmms-eval 0.7 takes the least, and as its own models give it. White space before a continuation is
+        left out: here it follows the line that opens the assistant's turn.
         """
-        pairs = [self._likelihood(request) for request in tqdm(requests, desc="onevision-edge")]
-        return [GenerationResult(pair) for pair in pairs]  # a bare pair would be read as text and its token counts
+        pairs = [self._loss(request) for request in tqdm(requests, desc="onevision-edge")]
+        return [GenerationResult(pair) for pair in pairs]  # a bare pair would be turned into text
 
     def generate_until_multi_round(self, requests: list[Instance]) -> list[str]:
         """Always raises: rounds that depend on earlier answers are not supported."""
@@ -73,12 +74,14 @@ class _Bundle(lmms):
             for start in range(0, len(members), self.batch_size):
                 yield members[start : start + self.batch_size], options
 
-    def _likelihood(self, request: Instance) -> tuple[float, bool]:
+    def _loss(self, request: Instance) -> tuple[float, bool]:
         tokenizer = self.bundle.tokenizer
         if tokenizer is None:
             raise OneVisionError(f"{self.bundle.bundle.directory} has no tokenizer.json, which text needs")
         prompt = token_prompt(self.messages(request), self.bundle.config, tokenizer, self.bundle.processor)
         answer = np.array(tokenizer.encode(self.continuation(request).lstrip()), np.int64)
+        if not len(answer):
+            raise OneVisionError("a continuation is empty, so that it has no likelihood; check the task's choices")
         ids = np.concatenate([prompt.ids, answer])
         positions = np.arange(len(prompt.ids) - 1, len(ids) - 1)
         images, videos = prompt.images, prompt.videos
@@ -86,7 +89,7 @@ class _Bundle(lmms):
             positions, ids, images.pixel_values, images.grid_thw, videos.pixel_values, videos.grid_thw
         )
         likely = log_softmax(logits)
-        return float(likely[np.arange(len(answer)), answer].sum()), bool((likely.argmax(axis=1) == answer).all())
+        return -float(likely[np.arange(len(answer)), answer].mean()), bool((likely.argmax(axis=1) == answer).all())
 
     def continuation(self, request: Instance) -> str:
         """The text whose likelihood a request asks for."""
