@@ -15,6 +15,7 @@ import numpy as np
 from ..errors import OneVisionError
 
 RESAMPLES, LEVEL = 2000, 0.95
+NORMAL_LIMIT = NormalDist().inv_cdf((1 + LEVEL) / 2)  # standard errors to either side of a mean, 1.96
 _BLOCK = 1 << 22  # drawn rows at a time, 32 MB of them
 
 
@@ -120,9 +121,7 @@ def paired(
 
 
 def _binary(better: int, worse: int, n: int, margin: float) -> tuple[float, float, float]:
-    limit = NormalDist().inv_cdf((1 + LEVEL) / 2)
-    low = _crossing(lambda d: _tango(better, worse, n, d), limit)
-    high = _crossing(lambda d: _tango(better, worse, n, d), -limit)
+    low, high = (_crossing(lambda d: _tango(better, worse, n, d), end) for end in (NORMAL_LIMIT, -NORMAL_LIMIT))
     return low, high, NormalDist().cdf(_tango(better, worse, n, -margin))
 
 
