@@ -18,7 +18,7 @@ from transformers.activations import ACT2FN
 
 
 class RemoteConfig(PretrainedConfig):
-    model_type = "remote"
+    model_type = "llavaonevision1_5"
 
 
 def rotated(x, angles):

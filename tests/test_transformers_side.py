@@ -226,7 +226,7 @@ def test_mistakes_are_one_sentence(tiny: Callable[..., Any], tmp_path: Path, mon
 def test_weights_are_in_memory_once(
     tiny: Callable[..., Any], tmp_path: Path, python_output: Callable[..., str]
 ) -> None:
-    """200 MB in float32 of a BF16 file; measured 1.03 of it. The modules' imports are counted before."""
+    """184 MB in float32 from a BF16 file: measured 1.05 of it, blocks included. Imports come before."""
     shape = {"hidden_size": 512, "intermediate_size": 4096, "vocab_size": 20000, "num_hidden_layers": 4}
     made = tiny(**{f"text_config__{key}": value for key, value in shape.items()})
     weights = 4 * sum(values.size for name, values in made.tensors.items() if not name.startswith("visual."))
@@ -240,7 +240,7 @@ side = open_transformers(sys.argv[2], threads=1)
 print(peak() - before)
 """
     small = tiny().write(tmp_path / "small")
-    assert int(python_output(program, small, directory)) < 1.1 * weights
+    assert 0.9 * weights < int(python_output(program, small, directory)) < 1.1 * weights
 
 
 # What follows runs modeling code of a checkpoint's own.
