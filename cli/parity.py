@@ -54,6 +54,12 @@ _MARKS = {"PASS": "ok", "AMBIGUOUS": "~", "FAIL": "!!"}
 @click.option("--engines", metavar="TARGET", help="What runs the bundles, as for run.  [default: cpu, if built]")
 @click.option("--exact", is_flag=True, help="Keep activations of INT4 and INT8 weights in floating point, as for run.")
 @click.option("--threads", type=click.IntRange(1), help="Threads per operator; one per physical core if not given.")
+@click.option(
+    "--memory",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="GB",
+    help="Models that need more run in stages, one at a time.  [default: half of what is free]",
+)
 @click.option("--save-reference", type=click.Path(path_type=Path), metavar="DIR", help="Keep what the reference said.")
 @click.option(
     "--work", type=click.Path(path_type=Path, file_okay=False), help="Where a checkpoint's graphs go meanwhile."

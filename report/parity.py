@@ -215,11 +215,9 @@ def _fp32_side(source: str, folder: Path, threads: int | None, memory: int | Non
 
 
 def _transformers_side(source: str, graphs: BundleSide, trust_remote_code: bool, threads: int | None) -> Side:
-    from .transformers_side import open_transformers
+    from .torch_reference import TorchReference
 
-    return open_transformers(
-        source, encode=graphs.encode, trust_remote_code=trust_remote_code, dtype="fp32", threads=threads
-    )
+    return TorchReference(source, graphs, trust_remote_code=trust_remote_code, threads=threads)
 
 
 def is_recording(source: str) -> bool:
