@@ -147,7 +147,7 @@ def _compared(
     from ..report.parity import is_recording, open_reference, record_reference
     from ..report.recording import Recording, recording_directory
 
-    told = progress_of_rows
+    told = _progress
     if is_recording(source):
         if kept is not None:
             raise click.UsageError(f"{source} is a stored reference already")
@@ -168,14 +168,13 @@ def _candidate(
     settings = {name: options[name] for name in ("threads", "exact", "memory")}
     side = BundleSide(path, engines=engines_of(options["engines"]), **settings)
     try:
-        return compare(side, recording, plan, gates, progress_of_rows, reference)
+        return compare(side, recording, plan, gates, _progress, reference)
     finally:
         side.close()
 
 
-def progress_of_rows(title: str) -> Any:
-    """A progress bar counted in rows."""
-    return progress(title, "rows")
+def _progress(title: str, unit: str = "rows") -> Any:
+    return progress(title, unit)
 
 
 def _shipped(bundles: Sequence[Path]) -> str:
