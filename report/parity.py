@@ -24,7 +24,7 @@ from .machine import machine
 from .question import Questions
 from .recording import RECORD, Recording, recorded_row, save_row
 from .sides import BundleSide, Side, check_same_model
-from .walk import evenly, floor, stage_records, walk, walk_reference
+from .walk import floor, rows_to_walk, stage_records, walk, walk_reference
 
 Told = Callable[..., Any]  # a context manager that gives a Progress for a job, by its name and unit
 
@@ -59,7 +59,7 @@ def record_reference(side: Side, plan: Plan, directory: Path, told: Told = quiet
     recording = Recording(
         directory, side.subject.to_dict(), side.config.to_dict(), {**described, "names": names}, plan.max_tokens
     )
-    walked = set(evenly(len(data), plan.walked))
+    walked = set(rows_to_walk(data.media, plan.walked))
     with told(f"{side.subject.name}: stages") as progress:
         for done, index in enumerate(sorted(walked), 1):
             walk_reference(side, recording, index, data[index])

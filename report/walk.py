@@ -194,6 +194,7 @@ def to_dict(tally: DistanceTally | None) -> dict[str, Any] | None:
     return distance.to_dict() if distance is not None else None
 
 
-def evenly(count: int, wanted: int) -> Sequence[int]:
-    """At most `wanted` of `count` indices, from the first, evenly spaced."""
-    return [i * count // wanted for i in range(wanted)] if wanted < count else range(count)
+def rows_to_walk(media: Sequence[Sequence[str]], wanted: int) -> list[int]:
+    """At most `wanted` indices of rows, evenly spaced: of those that show something, if any do."""
+    rows = [index for index, shown in enumerate(media) if shown] or list(range(len(media)))
+    return rows if wanted >= len(rows) else [rows[i * len(rows) // wanted] for i in range(wanted)]

@@ -18,7 +18,7 @@ from onevision_edge.report.gates import load_gates
 from onevision_edge.report.parity import Plan, compare, open_reference, parity_record, record_reference
 from onevision_edge.report.recording import Recording, recording_directory
 from onevision_edge.report.sides import BundleSide
-from onevision_edge.report.walk import evenly
+from onevision_edge.report.walk import rows_to_walk
 
 SMALL = ("--samples", "3", "--walk", "1", "--max-tokens", "8", "--threads", "1")
 
@@ -259,6 +259,7 @@ def test_where_answers_part(tmp_path: Path) -> None:
     assert longer == Divergence(3, pytest.approx(11), False)
 
 
-def test_rows_to_walk_are_spread() -> None:
-    assert list(evenly(10, 3)) == [0, 3, 6]
-    assert list(evenly(2, 3)) == [0, 1]
+def test_rows_to_walk_are_spread_over_those_with_images() -> None:
+    assert rows_to_walk([("a",)] * 10, 3) == [0, 3, 6]
+    assert rows_to_walk([(), ("a",), (), ("b",)], 3) == [1, 3]
+    assert rows_to_walk([(), ()], 1) == [0]
