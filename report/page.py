@@ -87,6 +87,7 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     environment.globals.update(SIGNS=numbers.SIGNS, STAGES=STAGES, plural=numbers.plural)
     environment.filters["verdict"] = numbers.verdict_text

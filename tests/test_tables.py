@@ -73,7 +73,8 @@ def test_why_a_candidate_did_not_pass() -> None:
     assert tables.sentences(broken) == [
         "The first stage to fail is decoder.layers.18.",
         "In decoder.layers.18 it is self_attn.q_proj, whose own error is 0.41 (relative L2).",
-        "148 of 359 rows (41.2 %) depart from the reference's tokens, 2 of them at a near tie; half of them before token 3.",
+        "148 of 359 rows (41.2 %) depart from the reference's tokens, 2 of them at a near tie; "
+        "half of them before token 3.",
     ]
     assert tables.reasons(parity_record(3)["candidates"][0]) == []
 
