@@ -1,6 +1,5 @@
 """onevision-edge parity"""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -9,6 +8,7 @@ import click
 
 from .console import print_json, progress, say, size, table
 from .engines_option import engines_of
+from .judge import failed_lines
 
 if TYPE_CHECKING:
     from ..report.gates import Gates
@@ -54,6 +54,12 @@ _MARKS = {"PASS": "ok", "AMBIGUOUS": "~", "FAIL": "!!"}
 @click.option("--engines", metavar="TARGET", help="What runs the bundles, as for run.  [default: cpu, if built]")
 @click.option("--exact", is_flag=True, help="Keep activations of INT4 and INT8 weights in floating point, as for run.")
 @click.option("--threads", type=click.IntRange(1), help="Threads per operator; one per physical core if not given.")
+@click.option(
+    "--memory",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="GB",
+    help="Models that need more run in stages, one at a time.  [default: half of what is free]",
+)
 @click.option("--save-reference", type=click.Path(path_type=Path), metavar="DIR", help="Keep what the reference said.")
 @click.option(
     "--work", type=click.Path(path_type=Path, file_okay=False), help="Where a checkpoint's graphs go meanwhile."
@@ -109,24 +115,10 @@ def parity(
         _print(record)
     if output is not None:
         say(f"wrote {output}: parity.json, parity.md, index.html")
-    fail_on(record, strict)
-
-
-def fail_on(record: dict[str, Any], strict: bool) -> None:
-    """Exit with 1 and the lines that failed, where any did."""
-    bad = ("FAIL", "AMBIGUOUS") if strict else ("FAIL",)
-    lines = [line for candidate in record["candidates"] for line in failures(candidate, bad)]
-    if lines:
+    if lines := failed_lines(record, strict):
         for line in lines:
             say(line)
         raise click.exceptions.Exit(1)
-
-
-def failures(candidate: dict[str, Any], bad: Sequence[str]) -> list[str]:
-    """What failed of a candidate: the first stage, then every check."""
-    name = candidate["subject"]["name"]
-    stages = [f"{s['stage']}: {s['why']}" for s in candidate["stages"] if s["verdict"] in bad][:1]
-    return [f"{name}: {line}" for line in [*stages, *(c["line"] for c in candidate["checks"] if c["verdict"] in bad)]]
 
 
 def _compared(
@@ -141,7 +133,7 @@ def _compared(
     from ..report.parity import is_recording, open_reference, record_reference
     from ..report.recording import Recording, recording_directory
 
-    told = progress_of_rows
+    told = _progress
     if is_recording(source):
         if kept is not None:
             raise click.UsageError(f"{source} is a stored reference already")
@@ -162,14 +154,13 @@ def _candidate(
     settings = {name: options[name] for name in ("threads", "exact", "memory")}
     side = BundleSide(path, engines=engines_of(options["engines"]), **settings)
     try:
-        return compare(side, recording, plan, gates, progress_of_rows, reference)
+        return compare(side, recording, plan, gates, _progress, reference)
     finally:
         side.close()
 
 
-def progress_of_rows(title: str) -> Any:
-    """A progress bar counted in rows."""
-    return progress(title, "rows")
+def _progress(title: str, unit: str = "rows") -> Any:
+    return progress(title, unit)
 
 
 def _shipped(bundles: Sequence[Path]) -> str:
@@ -265,16 +256,3 @@ def summary(record: dict[str, Any]) -> str:
 def _value(metrics: dict[str, Any], name: str) -> str:
     value = metrics.get(name, {}).get("value")
     return "" if value is None else f"{value:.3g}" if name == "kld" else f"{100 * value:.2f} %"
-
-
-def read_record(path: Path) -> dict[str, Any]:
-    """A JSON record from a file. Raises OneVisionError."""
-    from ..errors import OneVisionError
-
-    try:
-        found = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise OneVisionError(f"{path}: cannot be read as JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise OneVisionError(f"{path} is not a report")
-    return found

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bundle import BundleWriter, writing
+from .record import plain
 
 PAGE, PARITY, LATENCY = "index.html", "parity.json", "latency.json"
 
@@ -25,7 +26,7 @@ class ReportWriter:
         from .page import page
         from .parity_markdown import markdown
 
-        self._text(PARITY, json.dumps(record, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+        self._text(PARITY, json.dumps(plain(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
         self._text("parity.md", markdown(record))
         self._text(PAGE, page(record, latency))
 

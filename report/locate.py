@@ -8,7 +8,7 @@ import numpy as np
 from ..calibration.rows import Row
 from .distance import DistanceTally
 from .gates import load_gates
-from .probe import stage_rank
+from .probe import model_stages, stage_rank
 from .recording import Recording
 from .sides import BundleSide, Side, segments
 from .staged import StagedGraph
@@ -66,8 +66,8 @@ def _first_beyond(
 def _outputs(
     graph: StagedGraph, part: str, stage: str, recording: Recording, index: int, row: Row
 ) -> dict[str, np.ndarray]:
-    stages = list(recording.widths)
-    stream = recording.stream(index, stages[stages.index(stage) - 1]) if stage in stages[1:] else None
+    stages = model_stages(recording.config.vision.depth, recording.config.text.num_hidden_layers)
+    stream = recording.stream(index, stages[stages.index(stage) - 1])
     if part == "vision":
         return _vision_outputs(graph, stage, stream, row, recording)
     tokens = len(row.input_ids)

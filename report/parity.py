@@ -26,7 +26,7 @@ from .recording import RECORD, Recording, recorded_row, save_row
 from .sides import BundleSide, Side, check_same_model
 from .walk import evenly, floor, stage_records, walk, walk_reference
 
-Told = Callable[[str], Any]  # a context manager that gives a Progress for a job by its name
+Told = Callable[..., Any]  # a context manager that gives a Progress for a job, by its name and unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +46,7 @@ class Plan:
 
 
 @contextmanager
-def quiet(title: str) -> Iterator[Progress]:
+def quiet(title: str, unit: str = "rows") -> Iterator[Progress]:
     """No progress."""
     yield no_progress
 
@@ -207,7 +207,7 @@ def _fp32_side(source: str, folder: Path, threads: int | None, memory: int | Non
     """The FP32 graphs of a checkpoint."""
     from ..export import export
 
-    with told(f"{source}: FP32 graphs") as progress:
+    with told(f"{source}: FP32 graphs", "B") as progress:
         export(source, folder / "fp32", dtype="fp32", progress=progress)
     name = "shipped model" if source == "demo" else Path(source).name
     name = f"{name}, FP32 graphs"
@@ -215,11 +215,9 @@ def _fp32_side(source: str, folder: Path, threads: int | None, memory: int | Non
 
 
 def _transformers_side(source: str, graphs: BundleSide, trust_remote_code: bool, threads: int | None) -> Side:
-    from .transformers_side import open_transformers
+    from .torch_reference import TorchReference
 
-    return open_transformers(
-        source, encode=graphs.encode, trust_remote_code=trust_remote_code, dtype="fp32", threads=threads
-    )
+    return TorchReference(source, graphs, trust_remote_code=trust_remote_code, threads=threads)
 
 
 def is_recording(source: str) -> bool:

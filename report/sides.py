@@ -39,8 +39,15 @@ class Side(Protocol):
     def preparer(self) -> Preparer:
         """What makes rows of messages, as this side does."""
 
+    @property
+    def can_be_fed(self) -> bool:
+        """Whether its stages can be run by themselves."""
+
     def trace(self, row: Row, probe: Probe, positions: np.ndarray) -> None:
         """Run a row, its answer token by token behind the prompt, telling the probe; logits of positions [n]."""
+
+    def trace_fed(self, row: Row, probe: Probe, positions: np.ndarray, image_embeds: np.ndarray | None) -> None:
+        """The same where the probe gives what each stage is to read. image_embeds: [image tokens, D] to stitch in."""
 
     def logits(self, row: Row, positions: np.ndarray) -> np.ndarray:
         """Next-token logits, all tokens at once: float32 [n, vocab]."""

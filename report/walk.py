@@ -16,9 +16,9 @@ from ..calibration.dataset import Dataset
 from ..calibration.rows import Row
 from ..calibration.scored import scored
 from .distance import Distance, DistanceTally
-from .probe import LOGITS, PREPROCESS
+from .probe import LOGITS, MERGER, PREPROCESS, model_stages
 from .recording import Recording, StreamWriter
-from .sides import BundleSide, Side
+from .sides import Side, pixel_rows
 
 DECODED = 4  # tokens of an answer that the walk decodes one by one
 
@@ -50,7 +50,7 @@ class Comparing:
         self.recording, self.index, self.tallies, self.feed = recording, index, tallies, feed
         self.row, self.prompt = recording.rows[index].name, prompt
         self.prompt_positions = int((positions < prompt).sum())
-        stages = list(recording.widths)
+        stages = model_stages(recording.config.vision.depth, recording.config.text.num_hidden_layers)
         self._reads = dict(zip(stages[1:], stages, strict=False))
         self._read: dict[str, int] = {}
         self._given: dict[str, int] = {}
@@ -111,17 +111,17 @@ def walk(
             prompt = max(row.answer_start, 1)
             probe = Comparing(recording, index, found.error, feed=False, prompt=prompt, positions=positions)
             side.trace(row, probe, positions)
-        if feed and isinstance(side, BundleSide) and side.can_be_fed:
+        if feed and side.can_be_fed:
             _walk_fed(side, recording, index, recorded, positions, found)
         progress(done, len(rows), recorded.name)
     return found
 
 
-def _walk_fed(
-    side: BundleSide, recording: Recording, index: int, row: Row, positions: np.ndarray, found: Walked
-) -> None:
+def _walk_fed(side: Side, recording: Recording, index: int, row: Row, positions: np.ndarray, found: Walked) -> None:
+    if recording.stream(index, MERGER) is None and pixel_rows(row) is not None:
+        return  # there are no embeddings to stitch in
     probe = Comparing(recording, index, found.own, feed=True, prompt=max(row.answer_start, 1), positions=positions)
-    merged = recording.stream(index, "merger")
+    merged = recording.stream(index, MERGER)
     side.trace_fed(row, probe, positions, None if merged is None else np.asarray(merged))
 
 
