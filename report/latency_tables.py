@@ -107,18 +107,18 @@ def _start_row(name: str, timed: Record) -> list[Cell]:
 
 
 def ratios(latency: Record) -> Table:
-    """How often as good a subject is as its baseline."""
-    header = ("subject", "baseline", "cell", "metric", "times as good (95 % interval)", "in words")
+    """How many times as good a subject is as its baseline: the median of the rounds, the least and the most."""
+    header = ("subject", "baseline", "cell", "metric", "times as good (least to most)", "in words")
     rows = [_ratio_row(ratio) for ratio in latency.get("ratios") or ()]
     return table("Beside the baseline; more than 1 is better", header, rows)
 
 
 def _ratio_row(ratio: Record) -> list[Cell]:
     value, low, high = (ratio.get(key) for key in ("ratio", "low", "high"))
-    span, words = "", "no difference shown"
+    span, words = "", "rounds disagree"
     if low is not None and high is not None:
         span = f" ({low:.2f} to {high:.2f})"
-        words = "better" if low > 1 else "worse" if high < 1 else words
+        words = "better in every round" if low > 1 else "worse in every round" if high < 1 else words
     return [
         *(Cell(str(ratio.get(key))) for key in ("subject", "baseline", "cell")),
         Cell(label(str(ratio.get("metric")))),

@@ -30,9 +30,9 @@ LABELS = {
     "wer": "word error rate",
     "inter_token_latency": "time per token",
     "request_latency": "whole request",
-    "output_token_throughput": "tokens out",
-    "output_token_throughput_per_user": "tokens out per user",
-    "request_throughput": "requests",
+    "output_token_throughput": "tokens a second",
+    "output_token_throughput_per_user": "tokens a second, per user",
+    "request_throughput": "requests a second",
 }
 _DROP = "_drop"  # a gate on how much worse a score may be
 

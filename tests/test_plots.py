@@ -180,7 +180,9 @@ def test_labels_are_in_the_plot_and_on_no_other(count: int) -> None:
 def label_box(label: ElementTree.Element) -> Box:
     """Where a label's letters are, at the least: narrow ones."""
     x, y = float(label.get("x") or 0), float(label.get("y") or 0)
-    return Box(x, y - 9, x + 6 * len(label.text or ""), y + 2)
+    wide = 6 * len(label.text or "")
+    left = x - wide if label.get("text-anchor") == "end" else x
+    return Box(left, y - 9, left + wide, y + 2)
 
 
 def test_without_a_latency_record_there_is_the_frontier_of_sizes() -> None:
