@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..calibration.axes import unit_of
-from .numbers import figure, in_milliseconds, metric, milliseconds, nbytes, percent
+from .numbers import in_milliseconds, label, labelled, metric_value, milliseconds, more_is_better, nbytes
 from .plots import Scale
 from .plots_frontier import Axis, Mark, frontier_plot
 from .tables import measured, worth
@@ -55,22 +55,21 @@ def frontiers(parity: Record, speeds: Mapping[str, Record]) -> list[Figures]:
 
 def _figures(parity: Record, speeds: Mapping[str, Record], name: str) -> Figures:
     plots = [_plot(parity, speeds, name, cost) for cost in _COSTS]
-    label = metric(name).label
-    return Figures(name, label[:1].upper() + label[1:], tuple(plot for plot in plots if plot))
+    words = label(name)
+    return Figures(name, words[:1].upper() + words[1:], tuple(plot for plot in plots if plot))
 
 
 def _plot(parity: Record, speeds: Mapping[str, Record], name: str, cost: _Cost) -> str:
     marks = _marks(parity, speeds, name, cost)
     if len(marks) < 2:
         return ""
-    more = metric(name).more_is_better
+    more = more_is_better(name)
     values = [mark.y for mark in marks]
     scale = _shares(values) if more else Scale.logarithmic(values)
-    unit = metric(name).unit
     return frontier_plot(
         marks,
         _cost_axis([mark.x for mark in marks], cost),
-        Axis(metric(name).label + (f", {unit}" if unit else ""), scale, more),
+        Axis(labelled(name), scale, more),
     )
 
 
@@ -91,7 +90,7 @@ def _mark(
     y = measured(given, "value")
     if x is None or y is None or given is None:
         return None
-    words = f"{cost.words(x)}, {percent(y) if metric(name).percent else figure(y)}"
+    words = f"{cost.words(x)}, {metric_value(name, y)}"
     return Mark(subject["name"], x, y, words, verdict, given.get("low"), given.get("high"))
 
 

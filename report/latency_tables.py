@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from .numbers import figure, in_milliseconds, in_unit, metric, milliseconds, nbytes, percent
+from .numbers import figure, in_milliseconds, in_unit, label, milliseconds, nbytes, percent
 from .tables import Cell, Table, cell, measured, table
 
 Record = Mapping[str, Any]
@@ -56,7 +56,7 @@ def _compared(subject: Record, parity: Record | None) -> bool:
 
 def cell_table(latency: Record, cell_name: str) -> Table:
     """One row for each subject of a cell: medians with the 95th percentile, rates, bytes read for a token."""
-    times = [f"{metric(name).label}, {end}" for name in _TIMED for end in ("p50", "p95")]
+    times = [f"{label(name)}, {end}" for name in _TIMED for end in ("p50", "p95")]
     header = ("subject", *times, "tokens a second", "read for a token", "of the memory's bandwidth")
     return table("Times and rates", header, [_cell_row(name, each) for name, each in rows_of(latency, cell_name)])
 
@@ -107,21 +107,21 @@ def _start_row(name: str, timed: Record) -> list[Cell]:
 
 
 def ratios(latency: Record) -> Table:
-    """How often as good a subject is as its baseline."""
-    header = ("subject", "baseline", "cell", "metric", "times as good (95 % interval)", "in words")
+    """How many times as good a subject is as its baseline: the median of the rounds, the least and the most."""
+    header = ("subject", "baseline", "cell", "metric", "times as good (least to most)", "in words")
     rows = [_ratio_row(ratio) for ratio in latency.get("ratios") or ()]
     return table("Beside the baseline; more than 1 is better", header, rows)
 
 
 def _ratio_row(ratio: Record) -> list[Cell]:
     value, low, high = (ratio.get(key) for key in ("ratio", "low", "high"))
-    span, words = "", "no difference shown"
+    span, words = "", "rounds disagree"
     if low is not None and high is not None:
         span = f" ({low:.2f} to {high:.2f})"
-        words = "better" if low > 1 else "worse" if high < 1 else words
+        words = "better in every round" if low > 1 else "worse in every round" if high < 1 else words
     return [
         *(Cell(str(ratio.get(key))) for key in ("subject", "baseline", "cell")),
-        Cell(metric(str(ratio.get("metric"))).label),
+        Cell(label(str(ratio.get("metric")))),
         cell(value, f"{value or 0:.2f}{span}"),
         Cell(words),
     ]
@@ -131,7 +131,7 @@ def all_metrics(latency: Record, cell_name: str) -> Table:
     """Everything that was timed in a cell, with its spread."""
     header = ("subject", "metric", *_ENDS, "spread (std)", "count")
     rows = [
-        [Cell(name), Cell(metric(key).label), *_spread(stats)]
+        [Cell(name), Cell(label(key)), *_spread(stats)]
         for name, record in rows_of(latency, cell_name)
         for key, stats in {**(record.get("metrics") or {}), **(record.get("stages") or {})}.items()
         if stats

@@ -1,69 +1,80 @@
 """Numbers as a reader takes them: 1.23e-4, 95.0 %, 3.9 MB, 12.3 ms, and what each metric is called."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 from ..calibration.axes import number, size
+from .judging import AMBIGUOUS, FAIL, PASS
+from .metrics import METRICS
 
 NONE = "–"  # what was not measured
 MINUS = "−"
-PASS, AMBIGUOUS, FAIL = "PASS", "AMBIGUOUS", "FAIL"
 SIGNS = {PASS: "✓", AMBIGUOUS: "≈", FAIL: "✕"}
 _RANKS = {PASS: 0, AMBIGUOUS: 1, FAIL: 2}
 _MILLISECONDS = {"ms": 1.0, "s": 1e3, "sec": 1e3, "seconds": 1e3, "us": 1e-3, "µs": 1e-3}
 
 
-@dataclass(frozen=True, slots=True)
-class Metric:
-    """What a metric is called, how its values read, and whether more of it is better."""
-
-    label: str
-    percent: bool = False
-    unit: str = ""
-    more_is_better: bool = False
-
-
-METRICS = {
-    "kld": Metric("KL divergence", unit="nats"),
-    "kld_p99": Metric("KL divergence, 99th percentile", unit="nats"),
-    "top1_agreement": Metric("same likeliest token", percent=True, more_is_better=True),
-    "top5_agreement": Metric("same five likeliest tokens", percent=True, more_is_better=True),
-    "perplexity": Metric("perplexity"),
-    "first_divergent_token": Metric("first differing token", more_is_better=True),
-    "divergent_tokens": Metric("differing tokens"),
-    "exact_match": Metric("same answer as the reference", percent=True, more_is_better=True),
-    "accuracy": Metric("right answers", percent=True, more_is_better=True),
-    "anls": Metric("ANLS", percent=True, more_is_better=True),
-    "choice": Metric("right choices", percent=True, more_is_better=True),
-    "cer": Metric("character error rate", percent=True),
-    "wer": Metric("word error rate", percent=True),
-    "time_to_first_token": Metric("time to first token"),
-    "inter_token_latency": Metric("time per token"),
-    "request_latency": Metric("whole request"),
-    "output_token_throughput": Metric("tokens out", more_is_better=True),
-    "output_token_throughput_per_user": Metric("tokens out per user", more_is_better=True),
-    "request_throughput": Metric("requests", more_is_better=True),
+LABELS = {
+    "kld": "KL divergence",
+    "kld_p99": "KL divergence, 99th percentile",
+    "top1_agreement": "same likeliest token",
+    "top5_agreement": "likeliest token among five",
+    "first_divergent_token": "tokens before the first that differs",
+    "divergent_tokens": "tokens that differ",
+    "exact_match": "same answer as the reference",
+    "accuracy": "right answers",
+    "anls": "ANLS",
+    "choice": "right choices",
+    "cer": "character error rate",
+    "wer": "word error rate",
+    "inter_token_latency": "time per token",
+    "request_latency": "whole request",
+    "output_token_throughput": "tokens a second",
+    "output_token_throughput_per_user": "tokens a second, per user",
+    "request_throughput": "requests a second",
 }
+_DROP = "_drop"  # a gate on how much worse a score may be
 
 
-def metric(name: str) -> Metric:
-    """A metric by its name in a record; one that is not known keeps its name."""
-    return METRICS.get(name) or Metric(name.replace("_", " "))
+def label(name: str) -> str:
+    """What a metric or a gate of a record is called; one that is not known keeps its name."""
+    stem = name.removesuffix(_DROP)
+    return LABELS.get(stem, stem.replace("_", " ")) + (", change" if stem != name else "")
+
+
+def unit(name: str) -> str:
+    """The unit of a metric: share, nats, tokens or none."""
+    found = METRICS.get(name.removesuffix(_DROP))
+    return found.unit if found else ""
+
+
+def labelled(name: str) -> str:
+    """What a metric is called, with nats where it is in nats."""
+    return f"{label(name)}, nats" if unit(name) == "nats" else label(name)
+
+
+def is_share(name: str) -> bool:
+    """Whether a metric is a fraction, which reads in percent."""
+    return unit(name) == "share"
+
+
+def more_is_better(name: str) -> bool:
+    """Whether more of a metric is better."""
+    return name in METRICS and METRICS[name].higher_is_better is True
 
 
 def metric_value(name: str, value: float | None) -> str:
     """A value of a metric, without its unit unless that is percent."""
-    return percent(value) if metric(name).percent else figure(value)
+    return percent(value) if is_share(name) else figure(value)
 
 
 def difference(name: str, value: float | None) -> str:
     """A difference of two values of a metric, with its sign; of fractions, in points of a hundred."""
     if value is None:
         return NONE
-    text = f"{100 * abs(value):.1f} points" if metric(name).percent else figure(abs(value))
-    return (MINUS if value < 0 else "+") + text
+    text = f"{100 * abs(value):.1f} points" if is_share(name) else figure(abs(value))
+    return (MINUS if value < 0 else "+" if value > 0 else "") + text
 
 
 def interval(name: str, given: Mapping[str, Any] | None) -> str:
@@ -109,16 +120,16 @@ def milliseconds(value: float | None) -> str:
     return f"{text} {unit}"
 
 
-def in_unit(value: float | None, unit: str) -> str:
+def in_unit(value: float | None, given: str) -> str:
     """A value in a unit of a record: durations as `milliseconds`, tokens/sec as a rate."""
-    if value is None or unit in _MILLISECONDS:
-        return milliseconds(value if value is None else value * _MILLISECONDS[unit])
-    return f"{figure(value)} {unit.replace('/sec', '/s')}".strip()
+    if value is None or given in _MILLISECONDS:
+        return milliseconds(value if value is None else value * _MILLISECONDS[given])
+    return f"{figure(value)} {given.replace('/sec', '/s')}".strip()
 
 
-def in_milliseconds(value: float, unit: str) -> float:
+def in_milliseconds(value: float, given: str) -> float:
     """A duration in a unit of a record, in ms."""
-    return value * _MILLISECONDS.get(unit, 1.0)
+    return value * _MILLISECONDS.get(given, 1.0)
 
 
 def moment(text: str | None) -> str:

@@ -30,7 +30,7 @@
         const down = head.getAttribute("aria-sort") === "ascending";
         for (const other of heads) other.removeAttribute("aria-sort");
         head.setAttribute("aria-sort", down ? "descending" : "ascending");
-        const key = (row) => sortKey(row.cells[column].textContent);
+        const key = (row) => sortKey(row.cells[column].textContent.trim());
         const rows = [...body.rows].map((row) => [key(row), row]);
         rows.sort(([a], [b]) => (down ? compare(b, a) : compare(a, b)));
         body.append(...rows.map(([, row]) => row));
@@ -82,7 +82,7 @@
     const rows = all(".stage-table tbody tr", figure.closest("article"));
     const heads = all(".stage-table thead th", figure.closest("article")).map((head) => head.textContent);
     let at = Number(figure.dataset.start);
-    const words = (cell, column) => (column < 2 ? cell.textContent : `${heads[column]} ${cell.textContent}`);
+    const words = (cell, column) => (column < 2 ? "" : `${heads[column]} `) + cell.textContent.trim();
     const move = (index) => {
       at = Math.max(0, Math.min(rows.length - 1, index));
       for (const end of ["x1", "x2"]) cursor.setAttribute(end, `${places[at]}%`);
@@ -90,10 +90,10 @@
       const cells = [...rows[at].cells].map(words).filter((text) => !text.endsWith("–"));
       const name = document.createElement("b");
       name.textContent = cells[0];
-      readout.replaceChildren(name, ...cells.slice(1).map((text) => {
+      readout.replaceChildren(name, ...cells.slice(1).flatMap((text) => {
         const part = document.createElement("span");
         part.textContent = text;
-        return part;
+        return [" ", part];
       }));
       plot.setAttribute("aria-valuenow", at);
       plot.setAttribute("aria-valuetext", cells.join(", "));

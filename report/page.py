@@ -6,7 +6,7 @@ holds cannot run even if it were not escaped.
 
 import base64
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -87,6 +87,7 @@ def _environment() -> Environment:
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
+        keep_trailing_newline=True,
     )
     environment.globals.update(SIGNS=numbers.SIGNS, STAGES=STAGES, plural=numbers.plural)
     environment.filters["verdict"] = numbers.verdict_text
@@ -111,13 +112,13 @@ def _view(parity: Record | None, latency: Record | None) -> dict[str, Any]:
     }
 
 
-def _not_passed(candidates: Any) -> list[tuple[int, Record]]:
+def _not_passed(candidates: Sequence[Record]) -> list[tuple[int, Record]]:
     """Candidates with their places, the worst first."""
     found = [(i, c) for i, c in enumerate(candidates) if numbers.rank(c.get("verdict"))]
     return sorted(found, key=lambda pair: -numbers.rank(pair[1].get("verdict")))
 
 
-def _candidates(candidates: Any) -> list[CandidateView]:
+def _candidates(candidates: Sequence[Record]) -> list[CandidateView]:
     scale = stage_scale(candidates)
     return [_candidate(candidate, stage_plot(candidate, scale)) for candidate in candidates]
 

@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 from itertools import pairwise
 
 from ..calibration.axes import printable, text_width
@@ -14,7 +13,7 @@ from .plots import Scale, image, line, text, title
 _WIDTH, _HEIGHT = 360, 300
 _FRAME = Box(50, 26, 352, 252)  # of the plot inside its axes
 _ROOM = Box(_FRAME.left + 2, 16, _WIDTH, _FRAME.bottom)  # of labels
-_COLUMN, _LINE = 6.7, 15  # a character of 12 px and a line of text
+_COLUMN, _LINE = 7.2, 15  # a character of 12 px in a wide font, and a line of text
 _REACH = 6.0  # of a mark, and of what must stay free around it
 
 
@@ -123,7 +122,9 @@ def _labels(marks: Sequence[Mark], places: Sequence[tuple[float, float]]) -> Ite
         if box is not None:
             taken.append(box)
             yield _leader(place, box)
-            yield f'<text class="label" x="{box.left:g}" y="{box.bottom - 3.5:g}">{escape(words)}</text>'
+            # A narrower font leaves room; on the left of a mark that is where the label begins.
+            left = box.right <= place[0]
+            yield text("label", box.right if left else box.left, box.bottom - 3.5, words, "end" if left else "start")
 
 
 def _leader(place: tuple[float, float], box: Box) -> str:

@@ -12,7 +12,7 @@ from .numbers import milliseconds, percent
 from .plots import XMLNS, percents
 
 _ROW = 24  # pixels of a level
-_NUMBER = re.compile(r"\.\d+$")
+_NUMBER = re.compile(r"(?:(?<=\.)|^)\d+$")
 Record = Mapping[str, Any]
 
 
@@ -29,11 +29,14 @@ class Part:
 
 
 def folded(tree: Record) -> dict[str, Any]:
-    """A tree in which children that only their number tells apart are one: layers.0 to layers.35 become layers.*."""
+    """A tree in which children that only their number tells apart are one: 0 to 35 in layers become layers.*."""
     groups: dict[str, list[Record]] = {}
     for child in tree.get("children") or ():
-        groups.setdefault(_NUMBER.sub(".*", str(child["name"])), []).append(child)
-    return {**tree, "children": [_merged(name, group) for name, group in groups.items()]}
+        groups.setdefault(_NUMBER.sub("*", str(child["name"])), []).append(child)
+    children = [_merged(name, group) for name, group in groups.items()]
+    if len(children) == 1 and children[0]["name"].startswith("*"):
+        return {**tree, "name": f"{tree['name']}.{children[0]['name']}", "children": children[0]["children"]}
+    return {**tree, "children": children}
 
 
 def _merged(name: str, nodes: Sequence[Record]) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from .numbers import (
     difference,
     figure,
     interval,
-    metric,
+    label,
+    labelled,
     metric_value,
     milliseconds,
     nbytes,
@@ -92,8 +93,8 @@ def worth(parity: Record) -> str | None:
 def verdicts(parity: Record, speeds: Mapping[str, Record]) -> Table:
     """One row for each candidate. speeds: the metrics of a cell of the latency record, by a subject's name."""
     name = worth(parity)
-    label = metric(name).label if name else ""
-    header = ("candidate", "verdict", "precision", "backend", "size", "KLD, nats", "same token", label)
+    answers = label(name) if name else ""
+    header = ("candidate", "verdict", "precision", "backend", "size", "KLD, nats", "same token", answers)
     rows = [_verdict_row(i, c, name, speeds) for i, c in enumerate(parity.get("candidates") or ())]
     return table("Every candidate against the reference", (*header, "first token, p50", "tokens/s, p50"), rows)
 
@@ -139,8 +140,9 @@ def checks(candidate: Record) -> Table:
 
 def _check_row(check: Record) -> list[Cell]:
     name, value, limit = check["gate"], check.get("value"), check.get("limit")
-    numbers = [cell(v, metric_value(name, v)) for v in (value, limit)]
-    return [Cell(metric(name).label), verdict_cell(check.get("verdict")), *numbers, Cell(check.get("line") or NONE)]
+    words = difference if name.endswith("_drop") else metric_value
+    numbers = [cell(value, words(name, value)), cell(limit, metric_value(name, limit))]
+    return [Cell(label(name)), verdict_cell(check.get("verdict")), *numbers, Cell(check.get("line") or NONE)]
 
 
 def metrics_table(candidate: Record) -> Table:
@@ -155,9 +157,8 @@ def metrics_table(candidate: Record) -> Table:
 def _metric_row(name: str, given: Record) -> list[Cell]:
     own, other = given.get(name), given.get(f"{name}_reference")
     count = measured(own or other, "n")
-    unit = metric(name).unit
     return [
-        Cell(metric(name).label + (f", {unit}" if unit else "")),
+        Cell(labelled(name)),
         cell(measured(own, "value"), interval(name, own)),
         cell(measured(other, "value"), interval(name, other)),
         cell(count, str(count)),
@@ -166,7 +167,7 @@ def _metric_row(name: str, given: Record) -> list[Cell]:
 
 def paired(candidate: Record) -> Table:
     """Candidate less reference on the same rows."""
-    header = ("metric", "difference (95 % interval)", "margin allowed", "p of worse", "rows better", "worse", "rows")
+    header = ("metric", "difference (95 % interval)", "margin allowed", "p", "rows better", "worse", "rows")
     rows = [_paired_row(row) for row in candidate.get("paired") or ()]
     return table("Candidate less reference, row by row", header, rows)
 
@@ -177,7 +178,7 @@ def _paired_row(row: Record) -> list[Cell]:
     span = "" if NONE in (low, high) else f" ({low.removesuffix(' points')} to {high.removesuffix(' points')})"
     counts = [cell(row.get(key), str(row.get(key))) for key in ("better", "worse", "n")]
     return [
-        Cell(metric(name).label),
+        Cell(label(name)),
         cell(value, difference(name, value) + span),
         cell(row.get("margin"), metric_value(name, row.get("margin"))),
         cell(row.get("p_value"), figure(row.get("p_value"))),

@@ -1,6 +1,6 @@
 """The verdict of a report in a sentence, and what was compared, on what, from what: the lines that both pages share."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .numbers import AMBIGUOUS, FAIL, PASS, moment, nbytes, plural
@@ -23,11 +23,12 @@ def headline(parity: Record | None, latency: Record | None) -> str:
         return f"{who} {'does' if one else 'do'} not match {reference}"
     if verdict == AMBIGUOUS:
         return f"{who} may not match {reference}: too close to tell"
-    return (
-        f"{names[0]} matches {reference}"
-        if len(candidates) == 1
-        else f"All {len(candidates)} candidates match {reference}"
-    )
+    return f"{_all(names)} {'matches' if len(names) == 1 else 'match'} {reference}"
+
+
+def _all(names: Sequence[str]) -> str:
+    few = {1: names[0], 2: "Both candidates"} if names else {}
+    return few.get(len(names), f"All {len(names)} candidates")
 
 
 def _timed(latency: Record) -> str:

@@ -43,8 +43,7 @@ STAGE_SHARES = {
 
 def parity_record(candidates: int = 3, depth: int = 24, layers: int = 36, examples: int = 6) -> dict[str, Any]:
     """A parity record of so many candidates; the last is broken where there are 3 or more."""
-    chosen = CANDIDATES[2 : 2 + candidates] if candidates < 3 else with_broken(candidates)
-    made = [_candidate(number, row, depth, layers, examples) for number, row in enumerate(chosen)]
+    made = [_candidate(number, row, depth, layers, examples) for number, row in enumerate(chosen(candidates))]
     order = ["PASS", "AMBIGUOUS", "FAIL"]
     return {
         "format": "onevision-edge parity",
@@ -62,7 +61,7 @@ def parity_record(candidates: int = 3, depth: int = 24, layers: int = 36, exampl
 def latency_record(subjects: int = 3, cells: int = 2) -> dict[str, Any]:
     """A latency record of the reference and the candidates of `parity_record`."""
     drawn = random.Random(7)
-    rows = [("demo-fp32", "fp32", 12_100_000, 0, 0, ""), *with_broken(subjects)]
+    rows = [("demo-fp32", "fp32", 12_100_000, 0, 0, ""), *chosen(subjects)]
     return {
         "format": "onevision-edge bench",
         "format_version": 1,
@@ -77,8 +76,10 @@ def latency_record(subjects: int = 3, cells: int = 2) -> dict[str, Any]:
     }
 
 
-def with_broken(count: int) -> list[tuple[Any, ...]]:
-    """So many candidates, the broken one last."""
+def chosen(count: int) -> list[tuple[Any, ...]]:
+    """So many candidates, the broken one last where there are three or more."""
+    if count < 3:
+        return list(CANDIDATES[2 : 2 + count])
     return [*CANDIDATES[int(count < 8) :][: count - 1], CANDIDATES[-1]]
 
 
@@ -335,12 +336,13 @@ def _ratio(name: str, drawn: random.Random) -> dict[str, Any]:
 
 def profile(depth: int = 24, layers: int = 36) -> dict[str, Any]:
     """A profile whose tree has a stage, its layers and their modules."""
-    tower = [_node(f"blocks.{i}", _node("attn", 3e-4), _node("mlp", 5e-4 + 1e-6 * i)) for i in range(depth)]
+    tower = [_node(str(i), _node("attn", 3e-4), _node("mlp", 5e-4 + 1e-6 * i)) for i in range(depth)]
     kinds = ("q_proj", 1e-4), ("k_proj", 5e-5), ("v_proj", 5e-5), ("o_proj", 1e-4), ("attention", 2e-4)
     attention = _node("self_attn", *(_node(name, seconds) for name, seconds in kinds))
     mlp = _node("mlp", *(_node(name, 3e-4) for name in ("gate_proj", "up_proj", "down_proj")))
-    decoder = [_node(f"layers.{i}", attention, mlp) for i in range(layers)]
-    tree = _node("request", _node("vision", *tower), _node("decoder", *decoder, _node("lm_head", 4e-3)))
+    decoder = [_node(str(i), attention, mlp) for i in range(layers)]
+    model = _node("model", _node("layers", *decoder), _node("norm", 2e-4))
+    tree = _node("request", _node("vision", _node("blocks", *tower)), model, _node("lm_head", 4e-3))
     return {
         "source": "onnxruntime",
         "seconds": tree["seconds"] * 1.02,
