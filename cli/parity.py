@@ -133,15 +133,14 @@ def _compared(
     from ..report.parity import is_recording, open_reference, record_reference
     from ..report.recording import Recording, recording_directory
 
-    told = _progress
     if is_recording(source):
         if kept is not None:
             raise click.UsageError(f"{source} is a stored reference already")
         recording = Recording.open(source)
         return recording, [_candidate(path, recording, plan, gates, None, options) for path in bundles]
     settings = {name: options[name] for name in ("runtime", "trust_remote_code", "threads", "memory", "work")}
-    with open_reference(source, **settings, told=told) as side, recording_directory(kept, overwrite) as directory:
-        recording = record_reference(side, plan, directory, told)
+    with open_reference(source, **settings, phases=progress) as side, recording_directory(kept, overwrite) as directory:
+        recording = record_reference(side, plan, directory, progress)
         return recording, [_candidate(path, recording, plan, gates, side, options) for path in bundles]
 
 
@@ -154,13 +153,9 @@ def _candidate(
     settings = {name: options[name] for name in ("threads", "exact", "memory")}
     side = BundleSide(path, engines=engines_of(options["engines"]), **settings)
     try:
-        return compare(side, recording, plan, gates, _progress, reference)
+        return compare(side, recording, plan, gates, progress, reference)
     finally:
         side.close()
-
-
-def _progress(title: str, unit: str = "rows") -> Any:
-    return progress(title, unit)
 
 
 def _shipped(bundles: Sequence[Path]) -> str:

@@ -2,7 +2,7 @@
 
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle import MANIFEST, Bundle, Progress, no_progress
+from ..bundle import MANIFEST, Bundle, Phases, no_phases
 from ..calibration.rows import Row
 from ..calibration.scored import scored
 from ..errors import OneVisionError
@@ -25,8 +25,6 @@ from .question import Questions
 from .recording import RECORD, Recording, recorded_row, save_row
 from .sides import BundleSide, Side, check_same_model
 from .walk import floor, rows_to_walk, stage_records, walk, walk_reference
-
-Told = Callable[..., Any]  # a context manager that gives a Progress for a job, by its name and unit
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +43,7 @@ class Plan:
     examples: int = 8
 
 
-@contextmanager
-def quiet(title: str, unit: str = "rows") -> Iterator[Progress]:
-    """No progress."""
-    yield no_progress
-
-
-def record_reference(side: Side, plan: Plan, directory: Path, told: Told = quiet) -> Recording:
+def record_reference(side: Side, plan: Plan, directory: Path, phases: Phases = no_phases) -> Recording:
     """Let a reference say all that candidates are compared with, into an empty directory. Raises OneVisionError."""
     data = open_data(plan.data, side.preparer, plan.seed, plan.samples)
     described = {"source": data.source, "rows": len(data), "seed": plan.seed, "samples": plan.samples}
@@ -60,22 +52,22 @@ def record_reference(side: Side, plan: Plan, directory: Path, told: Told = quiet
         directory, side.subject.to_dict(), side.config.to_dict(), {**described, "names": names}, plan.max_tokens
     )
     walked = set(rows_to_walk(data.media, plan.walked))
-    with told(f"{side.subject.name}: stages") as progress:
+    with phases(f"{side.subject.name}: stages", "rows") as progress:
         for done, index in enumerate(sorted(walked), 1):
             walk_reference(side, recording, index, data[index])
             progress(done, len(walked), names[index])
-    _record_rows(side, recording, data, walked, told)
+    _record_rows(side, recording, data, walked, phases)
     recording.sort_stages()
     if plan.noise:
-        with told(f"{side.subject.name} in BF16: stages") as progress:
+        with phases(f"{side.subject.name} in BF16: stages", "rows") as progress:
             recording.noise = floor(side, recording, progress)
     recording.write()
     return recording
 
 
-def _record_rows(side: Side, recording: Recording, data: Questions, walked: set[int], told: Told) -> None:
+def _record_rows(side: Side, recording: Recording, data: Questions, walked: set[int], phases: Phases) -> None:
     """Logits and answers of every row."""
-    with told(f"{side.subject.name}: answers") as progress:
+    with phases(f"{side.subject.name}: answers", "rows") as progress:
         for index in range(len(data)):
             row = data[index]
             places = scored(row, side.config)
@@ -99,16 +91,21 @@ def _answer_logits(side: Side, row: Row, generated: list[int]) -> np.ndarray:
 
 
 def compare(
-    side: Side, recording: Recording, plan: Plan, gates: Gates, told: Told = quiet, reference: Side | None = None
+    side: Side,
+    recording: Recording,
+    plan: Plan,
+    gates: Gates,
+    phases: Phases = no_phases,
+    reference: Side | None = None,
 ) -> dict[str, Any]:
     """Hold one side against a recording: a candidate's part of the record, judged. Raises OneVisionError.
 
     reference: the side that was recorded, where it is at hand, to look for the module of a stage that fails.
     """
     data = _same_data(side, recording, plan)
-    with told(f"{side.subject.name}: stages") as progress:
+    with phases(f"{side.subject.name}: stages", "rows") as progress:
         stages = stage_records(walk(side, recording, data, progress), recording)
-    with told(f"{side.subject.name}: answers") as progress:
+    with phases(f"{side.subject.name}: answers", "rows") as progress:
         rows = answer_rows(side, recording, data, progress)
     others = sum(row.distribution is None for row in rows)
     subject = side.subject
@@ -180,7 +177,7 @@ def open_reference(
     threads: int | None,
     memory: int | None,
     work: Path | None,
-    told: Told = quiet,
+    phases: Phases = no_phases,
 ) -> Iterator[Side]:
     """A bundle, or a checkpoint as FP32 graphs or in PyTorch, to compare with. Raises OneVisionError.
 
@@ -195,7 +192,7 @@ def open_reference(
         return
     folder = Path(tempfile.mkdtemp(prefix="onevision-edge-fp32-", dir=work))
     try:
-        graphs = _fp32_side(source, folder, threads, memory, told)
+        graphs = _fp32_side(source, folder, threads, memory, phases)
         side = graphs if runtime == "onnx" else _transformers_side(source, graphs, trust_remote_code, threads)
         yield side
         side.close()
@@ -203,11 +200,11 @@ def open_reference(
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _fp32_side(source: str, folder: Path, threads: int | None, memory: int | None, told: Told) -> BundleSide:
+def _fp32_side(source: str, folder: Path, threads: int | None, memory: int | None, phases: Phases) -> BundleSide:
     """The FP32 graphs of a checkpoint."""
     from ..export import export
 
-    with told(f"{source}: FP32 graphs", "B") as progress:
+    with phases(f"{source}: FP32 graphs", "B") as progress:
         export(source, folder / "fp32", dtype="fp32", progress=progress)
     name = "shipped model" if source == "demo" else Path(source).name
     name = f"{name}, FP32 graphs"
