@@ -37,6 +37,12 @@ class CpuGraph(OnHost):
         self._arrays: list[np.ndarray] = []
         self._addresses: Any = None  # of the arrays
         self._scratch: np.ndarray | None = None
+        self._seconds: Any = None
+
+    def timed(self) -> Any:
+        """An array of c_double, one for each of `steps`, that all later calls add their times in seconds to."""
+        self._seconds = (ctypes.c_double * len(self.steps))()
+        return self._seconds
 
     def _load(self, program: Mapping[str, Any], weights: np.ndarray) -> None:
         self._weights = weights
@@ -185,8 +191,9 @@ class CpuGraph(OnHost):
         return int(step["n"]) // int(step["k"])
 
     def execute(self, call: Call, seconds: Any = None) -> None:
-        """Run all steps on a call that was prepared. seconds: c_double of each step, to add their times to."""
-        self.pool.run(self._steps, len(self._steps), call, seconds)
+        """Run all steps on a call that was prepared. seconds: c_double of each step, to add their times to, in place of
+        those that `timed` gave."""
+        self.pool.run(self._steps, len(self._steps), call, self._seconds if seconds is None else seconds)
 
     def _prepare(self, call: Call, counts: tuple[int, ...], angles: np.ndarray, output: np.ndarray) -> Any:
         """Fill in what all calls have. Returns what must live as long as the call."""
