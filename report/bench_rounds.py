@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 from ..bundle import Progress, no_progress
+from ..errors import OneVisionError
 from .bench_cells import Cell
 from .bench_metrics import Request
 from .bench_process import Contender, Process
@@ -141,8 +142,12 @@ def _finish(found: Sequence[Samples], running: Mapping[str, Answering], cell: Ce
     for samples in found:
         process = running[samples.contender.name]
         samples.device, samples.peak = process.device(), process.peak
-        if schedule.profile:
+        if not schedule.profile:
+            continue
+        try:
             samples.profile = process.profile(cell, schedule.seed)
+        except OneVisionError as error:  # what was timed counts without
+            samples.subject["notes"].append(f"no profile: {error}")
 
 
 def _total(found: Sequence[Samples], cells: Sequence[Cell], schedule: Schedule) -> int:

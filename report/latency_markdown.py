@@ -85,17 +85,12 @@ def _ratios(record: Mapping[str, Any]) -> list[Table]:
 
 
 def _subjects(record: Mapping[str, Any]) -> Table:
-    header = (
-        "",
-        "backend",
-        "precision",
-        "size",
-        "load s",
-        "start to first token s",
-        "peak memory",
-        "SingleStream p90 ms",
-    )
-    return Table("Subjects", (*header, "Offline samples/s"), [_subject(one) for one in record["subjects"]])
+    header = ("", "backend", "precision", "size", "load s", "start to first token s", "peak memory")
+    scenarios = ("SingleStream p90 ms", "Offline samples/s")
+    subjects = [one["subject"] for one in record["subjects"]]
+    notes = [f"{subject['name']}: {note}." for subject in subjects for note in subject["notes"]]
+    rows = [_subject(one) for one in record["subjects"]]
+    return Table("Subjects", (*header, *scenarios), rows, " ".join(notes))
 
 
 def _subject(one: Mapping[str, Any]) -> tuple[str, ...]:

@@ -1,7 +1,9 @@
 """The text half of a model in the engines of peers.PEERS: each reads ids and gives the likeliest next one."""
 
 import ctypes
+import inspect
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import import_module
@@ -14,6 +16,7 @@ from ..config import read_json
 from ..errors import OneVisionError
 from .subject import TRANSFORMERS, Subject
 
+_LLAMA_ERROR = 4  # GGML_LOG_LEVEL_ERROR
 _STORED = {"BF16": "bf16", "F16": "fp16", "F32": "fp32"}  # safetensors' names
 
 
@@ -41,20 +44,23 @@ class Transformers:
         load: Any = transformers.Qwen3ForCausalLM.from_pretrained
         self.model: Any = load(None, config=config, state_dict=weights, dtype=dtype).eval()
         self.config, self.vocab_size = config, int(config.vocab_size)
-        self.cache: Any = None
+        arguments = inspect.signature(self.model.forward).parameters
+        self.argument = "cache" if "cache" in arguments else "past_key_values"  # by transformers' version
+        self.forget()
 
     def forget(self) -> None:
         """Begin a new text."""
-        self.cache = None
+        import transformers
+
+        self.cache: Any = transformers.DynamicCache(config=self.config)
 
     def read(self, ids: Sequence[int]) -> int:
         """Read tokens; the likeliest next one."""
         import torch
 
         with torch.inference_mode():
-            inputs = {"input_ids": torch.tensor([list(ids)]), "past_key_values": self.cache}
+            inputs = {"input_ids": torch.tensor([list(ids)]), self.argument: self.cache}
             found = self.model(**inputs, use_cache=True, logits_to_keep=1)
-        self.cache = found.past_key_values
         return int(found.logits[0, -1].argmax())
 
     def describe(self, name: str) -> Subject:
@@ -69,6 +75,8 @@ class LlamaCpp:
     def __init__(self, path: str, threads: int) -> None:
         self.path, self.api = path, import_module("llama_cpp")
         api = self.api
+        self.log = api.llama_log_callback(_errors_alone)  # kept as long as llama.cpp may call it
+        api.llama_log_set(self.log, None)
         api.llama_backend_init()
         self.model = api.llama_model_load_from_file(path.encode(), api.llama_model_default_params())
         if not self.model:
@@ -138,8 +146,8 @@ class OpenVino:
     def describe(self, name: str) -> Subject:
         """For the record."""
         graph = self.path / "openvino_model.xml"
-        found = re.search(r'"(int4|int8)_?\w*"', graph.read_text(errors="replace"))
-        kind = {"int4": "int4", "int8": "int8-weight"}[found[1]] if found else "mixed"
+        found = set(re.findall(r'"(int4|int8)_\w*"', graph.read_text(errors="replace")))  # as nncf notes it
+        kind = "int4" if "int4" in found else "int8-weight" if found else "mixed"
         shape = (int(self.config["num_hidden_layers"]), int(self.config["hidden_size"]), self.vocab_size)
         return _subject(name, "openvino", kind, graph.with_suffix(".bin").stat().st_size, shape)
 
@@ -153,9 +161,15 @@ def _tensor(values: np.ndarray) -> Any:
     return torch.from_numpy(values)
 
 
+def _errors_alone(level: int, text: bytes, _: Any) -> None:
+    """What llama.cpp logs: its errors, on stderr."""
+    if level == _LLAMA_ERROR:
+        sys.stderr.write(text.decode(errors="replace"))
+
+
 def _precision(kind: str) -> str:
     """Of a GGUF file, by what llama.cpp calls it, such as "qwen3 4B Q4_0"."""
-    found = re.search(r"\b(BF16|F16|F32|all F32|I?Q[48])", kind)
+    found = re.search(r"\b(BF16|F16|F32|I?Q[48])", kind)
     names = {"BF16": "bf16", "F16": "fp16", "F32": "fp32", "Q4": "int4", "IQ4": "int4", "Q8": "int8-weight"}
     return names.get(found[1], "mixed") if found else "mixed"
 

@@ -4,14 +4,13 @@ import json
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import time_ns
 from typing import Any
 
 from ..bundle import Bundle
-from ..engines.dialects import DIALECTS
-from ..engines.record import engine_folders, read_set
 from ..errors import OneVisionError
 from ..runtime.backend import Graph, SessionOptions
 from ..runtime.cpu_graph import CpuGraph
@@ -104,11 +103,10 @@ def node_times(events: list[dict[str, Any]], root: str) -> list[Timed]:
 
 def _tensorrt(model: Model, run: Run) -> list[Timed]:
     """By TensorRT's IProfiler, with a call's layers one after the other: no CUDA graphs meanwhile."""
-    library = _library(model.bundle)
     graphs = {part: graph for part, graph in model.graphs.items() if isinstance(graph, EngineGraph)}
     with _without_cuda_graphs(graphs):
         run(model)
-        layers = {part: layer_profiler(library, graph.context) for part, graph in graphs.items()}
+        layers = {part: layer_profiler(graph.context) for part, graph in graphs.items()}
         run(model)
     return [layer_time(name, seconds, ROOTS[part]) for part, found in layers.items() for name, seconds in found.times]
 
@@ -125,8 +123,11 @@ def _without_cuda_graphs(graphs: Mapping[str, EngineGraph]) -> Any:
             graph.cuda_graphs = kept[part]
 
 
-def layer_profiler(library: Any, context: Any) -> Any:
-    """An IProfiler of a library on a context; `times` are names and seconds of layers. Raises OneVisionError."""
+def layer_profiler(context: Any) -> Any:
+    """An IProfiler of the context's library, on it: `times`, names and seconds of layers. Raises OneVisionError."""
+    library: Any = import_module(type(context).__module__)
+    if not hasattr(library, "IProfiler"):
+        raise OneVisionError("these engines give no access to the times of their layers: leave out --profile")
 
     class Layers(library.IProfiler):
         def __init__(self) -> None:
@@ -136,19 +137,10 @@ def layer_profiler(library: Any, context: Any) -> Any:
         def report_layer_time(self, layer_name: str, ms: float) -> None:
             self.times.append((layer_name, ms / 1000))
 
-    layers = Layers()
-    try:
-        context.profiler = layers
-    except AttributeError:
-        raise OneVisionError("these engines' contexts take no profiler: leave out --profile") from None
+    context.profiler = layers = Layers()
     return layers
 
 
 def layer_time(name: str, seconds: float, root: str) -> Timed:
     """A layer's time, under the first node that its name tells; TensorRT merges many into one."""
     return Timed(node_module(name) or root, node_operation(name) or "merged", seconds)
-
-
-def _library(bundle: Bundle) -> Any:
-    """The library whose engines a bundle has."""
-    return DIALECTS[read_set(engine_folders(bundle)[0]).engine].load()
