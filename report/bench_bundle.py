@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from ..bundle import Bundle
 from ..errors import OneVisionError
 from ..runtime.cpu_graph import CpuGraph
 from ..runtime.engine_graph import EngineGraph
@@ -107,11 +106,6 @@ def backend_of(model: Model) -> str:
     if isinstance(graph, CpuGraph):
         return CPU_ENGINE
     return TENSORRT if isinstance(graph, EngineGraph) else ONNXRUNTIME
-
-
-def takes_images(bundle: Bundle) -> bool:
-    """Whether a bundle has a tower."""
-    return "vision" in bundle.manifest.graphs
 
 
 def _stages(timings: Timings, cell: Cell) -> dict[str, float]:
