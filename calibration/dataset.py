@@ -52,6 +52,11 @@ class Dataset:
         return (self[i] for i in range(len(self)))
 
     @property
+    def entries(self) -> tuple[Entry, ...]:
+        """Its rows, not prepared."""
+        return self._entries
+
+    @property
     def media(self) -> list[tuple[str, ...]]:
         """What each row shows, without reading it: two rows with an item in common show the same image or video."""
         return [entry.media for entry in self._entries]

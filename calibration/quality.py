@@ -78,11 +78,12 @@ class Tally:
 
 def divergence(reference: np.ndarray, measured: np.ndarray) -> np.ndarray:
     """KL divergence in nats of softmax(measured) from softmax(reference), both [n, vocab]: float64 [n]."""
-    wanted, found = _log_softmax(reference), _log_softmax(measured)
+    wanted, found = log_softmax(reference), log_softmax(measured)
     return np.maximum((np.exp(wanted) * (wanted - found)).sum(axis=1), 0)
 
 
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
+def log_softmax(logits: np.ndarray) -> np.ndarray:
+    """Log-probabilities of logits [n, vocab], in float64."""
     shifted = logits.astype(np.float64)
     shifted -= shifted.max(axis=1, keepdims=True)
     return shifted - np.log(np.exp(shifted).sum(axis=1, keepdims=True))

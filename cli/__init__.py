@@ -12,6 +12,8 @@ from .bundles import inspect, verify
 from .demo import demo
 from .doctor import doctor
 from .export import export
+from .judge import judge
+from .parity import parity
 from .quantize import quantize
 from .run import chat, run
 from .targets import targets
@@ -42,5 +44,5 @@ def main() -> None:
     """
 
 
-for command in (demo, export, quantize, build, run, chat, inspect, verify, targets, doctor):
+for command in (demo, export, quantize, build, run, chat, inspect, verify, parity, judge, targets, doctor):
     main.add_command(command)

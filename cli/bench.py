@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .console import print_json, progress, say, table
+from .engines_option import engines_of
 
 if TYPE_CHECKING:
     from ..report.bench_cells import Cell
     from ..report.bench_rounds import Samples
-
-_ENGINES: dict[str | None, str | bool | None] = {None: None, "auto": True, "none": False}
 
 
 def _sizes(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> list[tuple[int, int] | None]:
@@ -107,7 +106,7 @@ def bench(
     earlier = read_record(baseline) if baseline is not None else None
     bundles = open_bundles(paths)
     cells = _cells(options, bundles)
-    found = contenders(bundles, peers, cells, threads, _ENGINES.get(engines, engines))
+    found = contenders(bundles, peers, cells, threads, engines_of(engines))
     schedule = Schedule(options["rounds"], options["warmup"], options["seed"], options["profile"])
     with progress("bench", "requests") as report:
         record, samples = measured(found, cells, schedule, report, threads)

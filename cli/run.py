@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .console import print_json, say
+from .engines_option import engines_of
 
 if TYPE_CHECKING:
     from ..runtime.model import Generation, Model
@@ -175,8 +176,9 @@ def _load(bundle: Path, options: dict[str, Any]) -> "Model":
     from ..runtime.model import load
 
     chosen = {name: options.pop(name) for name in _LOAD}
-    engines = {None: None, "auto": True, "none": False}.get(chosen["engines"], chosen["engines"])
-    return load(bundle, **{**chosen, "engines": engines, "image_cache": chosen["image_cache"] * 1_000_000})
+    return load(
+        bundle, **{**chosen, "engines": engines_of(chosen["engines"]), "image_cache": chosen["image_cache"] * 1_000_000}
+    )
 
 
 def _media(

@@ -23,6 +23,19 @@ def layer_stage(index: int) -> str:
     return f"decoder.layers.{index}"
 
 
+def model_stages(vision_depth: int, layers: int) -> list[str]:
+    """The stages of a model, each of which reads what the one before gives."""
+    blocks, own = map(block_stage, range(vision_depth)), map(layer_stage, range(layers))
+    return [PREPROCESS, PATCH_EMBED, *blocks, MERGER, STITCHED, *own, LOGITS]
+
+
+def stage_rank(stage: str) -> tuple[int, int]:
+    """What stages are sorted by, to stand in the model's order."""
+    name, _, index = stage.rpartition(".")
+    kinds = [PREPROCESS, PATCH_EMBED, "vision.blocks", MERGER, STITCHED, "decoder.layers", LOGITS, TOKENS]
+    return (kinds.index(name), int(index)) if index.isdecimal() else (kinds.index(stage), 0)
+
+
 class Probe(Protocol):
     """What a model that can be looked into tells. One image (or frame) at a time, then one sequence.
 

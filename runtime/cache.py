@@ -114,3 +114,17 @@ class Decoder:
             logits = self(part.reshape((1, *part.shape)), np.array([place]), here[None])[0]
             collected[first:last] = logits[: last - first]
         return collected[-1] if rows is None else collected
+
+    def teacher_forced(self, embeds: Rows, chunk: int, rows: np.ndarray, prompt: int) -> np.ndarray:
+        """Fill the cache with a prompt as `prefill` does, then with the tokens behind it one by one, as decoding does.
+
+        embeds: [tokens, D], of which the first `prompt` are the prompt's. rows: ascending int64 [n], the tokens whose
+        logits are wanted. Returns float32 [n, vocab].
+        """
+        found = [self.prefill(embeds[:prompt], chunk, rows[rows < prompt])]
+        wanted = set(rows.tolist())
+        for place in range(prompt, len(embeds)):
+            token = embeds[place : place + 1]
+            logits = self(token.reshape((1, *token.shape)), np.array([place]), np.zeros((1, 1), np.int64))
+            found += [logits[0].copy()] if place in wanted else []
+        return np.concatenate(found)

@@ -2,11 +2,13 @@
 
 import logging
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
 
-from ..bundle import Bundle
+from ..bundle import Bundle, GraphSpec
 from ..engines.cpu.record import CpuRecord, check_part, folder_of, read_record
 from ..errors import OneVisionError
-from .backend import Graph, SessionOptions
+from .backend import Graph
 from .cpu_graph import CpuGraph
 from .cpu_library import Pool
 from .kernels import Level, library
@@ -42,7 +44,11 @@ class CpuEngine:
                 f"onevision-edge build {bundle.directory} --target cpu"
             )
         check_part(bundle, self._record, part)
-        return CpuGraph(folder_of(bundle), part, spec, self.pool())
+        return self.graph(folder_of(bundle), part, spec)
+
+    def graph(self, folder: Path, part: str, spec: GraphSpec) -> CpuGraph:
+        """The program in a folder, loaded."""
+        return CpuGraph(folder, part, spec, self.pool())
 
     def pool(self) -> Pool:
         """The threads that all graphs of a bundle share."""
@@ -52,12 +58,19 @@ class CpuEngine:
         return self._pool
 
 
+class Plain(Protocol):
+    """What opens the plain graphs of a bundle."""
+
+    def open(self, bundle: Bundle, part: str) -> Graph:
+        """A graph, loaded. Raises OneVisionError."""
+
+
 @dataclass
 class CpuOrPlain:
     """The cpu engine where it runs, else the plain graph on ONNX Runtime, with a warning that says why."""
 
     engine: CpuEngine
-    plain: SessionOptions
+    plain: Plain
 
     def open(self, bundle: Bundle, part: str) -> CpuGraph | Graph:
         """A graph, loaded. Raises OneVisionError."""

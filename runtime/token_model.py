@@ -11,7 +11,7 @@ import numpy as np
 
 from ..bundle import Bundle
 from ..errors import OneVisionError
-from ..precision import float32
+from ..precision import float32, from_float32
 from .cache import AnyGraph, Backend, Decoder, KVCache
 from .generation import Loop, Prompt, Running, Timings, new_sequence
 from .image_cache import ImageCache
@@ -61,7 +61,7 @@ class TokenModel:
 
     @property
     def graphs(self) -> Mapping[str, AnyGraph]:
-        """The graphs as they were loaded, by part."""
+        """The loaded graphs by part: vision, decoder."""
         return self._graphs
 
     def encode_images(self, pixel_values: np.ndarray, image_grid_thw: np.ndarray) -> np.ndarray:
@@ -110,16 +110,50 @@ class TokenModel:
         image_grid_thw: np.ndarray | None = None,
         pixel_values_videos: np.ndarray | None = None,
         video_grid_thw: np.ndarray | None = None,
+        *,
+        prompt: int | None = None,
     ) -> np.ndarray:
         """Next-token logits of one sequence at some of its positions: float32 [n, vocab].
 
-        positions: ascending int64 [n]. input_ids: [tokens]. The rest as for `logits`.
+        positions: ascending int64 [n]. input_ids: [tokens]. prompt: tokens that are read at once; those behind them
+        go through the cache one by one, as an answer's do; None: all at once. The rest as for `logits`.
         """
         (ids,), _ = self._unpadded(input_ids, None)
         media = {"image": Media(pixel_values, image_grid_thw), "video": Media(pixel_values_videos, video_grid_thw)}
-        (prompt,) = self._embed([ids], media)
+        (embedded,) = self._embed([ids], media)
         with self._loop(1) as loop:
-            return loop.decoder.prefill(prompt.embeds, loop.chunk, positions)
+            begun = len(ids) if prompt is None else prompt
+            return loop.decoder.teacher_forced(embedded.embeds, loop.chunk, positions, begun)
+
+    def stitch(
+        self, input_ids: np.ndarray, image_embeds: np.ndarray | None = None, video_embeds: np.ndarray | None = None
+    ) -> np.ndarray:
+        """What the decoder reads for one sequence, float32 [tokens, D]: text from the table, images from `*_embeds`.
+
+        input_ids: [tokens]. image_embeds, video_embeds: float [image tokens, D] in the order of their placeholders.
+        """
+        (ids,), _ = self._unpadded(input_ids, None)
+        fmt, width = self._decoder_graph().fmt, self.config.text.hidden_size
+        found: dict[int, Features] = {}
+        for name, embeds in (("image", image_embeds), ("video", video_embeds)):
+            rows = np.empty((0, width), np.float32) if embeds is None else np.asarray(embeds)
+            check_counts(ids, self._media_ids[name], len(rows), name)
+            found[self._media_ids[name]] = Features(from_float32(rows, fmt), text_keys(np.zeros(len(rows))), 0)
+        return float32(np.asarray(self._stitched(ids, found).embeds), fmt)
+
+    def embed(
+        self,
+        input_ids: np.ndarray,
+        pixel_values: np.ndarray | None = None,
+        image_grid_thw: np.ndarray | None = None,
+        pixel_values_videos: np.ndarray | None = None,
+        video_grid_thw: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """What the decoder reads for one sequence: float32 [tokens, D]. Inputs as for `logits_at`."""
+        (ids,), _ = self._unpadded(input_ids, None)
+        media = {"image": Media(pixel_values, image_grid_thw), "video": Media(pixel_values_videos, video_grid_thw)}
+        (embedded,) = self._embed([ids], media)
+        return float32(np.asarray(embedded.embeds), self._decoder_graph().fmt)
 
     def generate_ids(
         self,
