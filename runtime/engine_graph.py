@@ -147,7 +147,7 @@ class EngineGraph(OnDevice):
             if not again:
                 self._enqueue(binding)
                 self._executed = state
-            elif self._replay is not None:
+            elif self.cuda_graphs and self._replay is not None:
                 self._replay()
             else:
                 self._capture(binding)

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import pairwise
+from time import perf_counter
 from typing import Any
 
 import numpy as np
@@ -182,10 +183,37 @@ class TokenModel:
         eos = self.eos_token_ids if eos_token_id is None else _end_tokens(eos_token_id)
         prompts = self._embed(ids, media)
         batch = [self._sequence(prompt, params, eos) for prompt in prompts]
-        with self._loop(len(batch), prefill_chunk, [prompt.keys for prompt in prompts]) as loop:
-            for _ in loop.steps(batch, Timings()):
-                pass
+        for _ in self._steps(batch, Timings(), prefill_chunk):
+            pass
         return self._padded(batch, eos)
+
+    def stream_ids(
+        self,
+        input_ids: np.ndarray,
+        pixel_values: np.ndarray | None = None,
+        image_grid_thw: np.ndarray | None = None,
+        *,
+        timings: Timings | None = None,
+        max_tokens: int = 16,
+        **options: Any,
+    ) -> Iterator[dict[int, int]]:
+        """New ids as they come: at each step, the newest id of the rows that got one, by row.
+
+        Inputs and options as for `generate_ids`, rows of one length; an end token is not among the ids. timings: to
+        add what the stages take to; `preprocess` is the caller's.
+        """
+        timings = Timings() if timings is None else timings
+        ids, _ = self._unpadded(input_ids, None)
+        params = sampling_params({**options, "max_tokens": max_tokens})
+        prompts = self._embed(ids, {"image": Media(pixel_values, image_grid_thw)}, timings)
+        batch = [self._sequence(prompt, params, self.eos_token_ids) for prompt in prompts]
+        for advanced in self._steps(batch, timings):
+            yield {i: batch[i].last for i in advanced if batch[i].end_token_id is None}
+
+    def _steps(self, batch: list[Running], timings: Timings, chunk: int | None = None) -> Iterator[list[int]]:
+        """The batch's steps over a cache of its own, as Loop.steps has them."""
+        with self._loop(len(batch), chunk, [sequence.prompt.keys for sequence in batch]) as loop:
+            yield from loop.steps(batch, timings)
 
     def _padded(self, batch: Sequence[Running], eos: Sequence[int]) -> np.ndarray:
         """New ids in one array, the end token shown where one was produced."""
@@ -201,10 +229,13 @@ class TokenModel:
     ) -> tuple[list[np.ndarray], list[tuple[int, int]]]:
         return unpadded(input_ids, attention_mask, self.config.text.vocab_size)
 
-    def _embed(self, ids: Sequence[np.ndarray], media: dict[str, Media]) -> list[Prompt]:
-        """Every row with its embeddings, media stitched in."""
+    def _embed(
+        self, ids: Sequence[np.ndarray], media: dict[str, Media], timings: Timings | None = None
+    ) -> list[Prompt]:
+        """Every row with its embeddings, media stitched in. timings: to add what both take to."""
         for row in ids:
             self._check_length(len(row))
+        timings, started = Timings() if timings is None else timings, perf_counter()
         shares: list[dict[int, Features]] = [{} for _ in ids]
         for name, entries in media.items():
             token_id = self._media_ids[name]
@@ -212,7 +243,11 @@ class TokenModel:
             edges = np.cumsum([0, *(int((row == token_id).sum()) for row in ids)]).tolist()
             for share, (start, stop) in zip(shares, pairwise(edges), strict=True):
                 share[token_id] = Features(features.rows[start:stop], features.keys[start:stop], 0)
-        return [self._stitched(row, share) for row, share in zip(ids, shares, strict=True)]
+        encoded = perf_counter()
+        prompts = [self._stitched(row, share) for row, share in zip(ids, shares, strict=True)]
+        timings.vision_encoding += encoded - started
+        timings.prepare_embeddings += perf_counter() - encoded
+        return prompts
 
     def _stitched(self, ids: np.ndarray, features: dict[int, Features]) -> Prompt:
         graph = self._decoder_graph()
