@@ -12,14 +12,14 @@ from .console import print_json, progress, say, table
 from .engines_option import engines_of
 
 if TYPE_CHECKING:
-    from ..report.bench_cells import Cell
-    from ..report.bench_rounds import Samples
+    from ..report.latency.cells import Cell
+    from ..report.latency.rounds import Samples
 
 
 def _sizes(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> list[tuple[int, int] | None]:
     """Sizes of images, read here so that a wrong one is wrong usage."""
     from ..errors import OneVisionError
-    from ..report.bench_cells import read_size
+    from ..report.latency.cells import read_size
 
     try:
         return [read_size(value) for value in values]
@@ -97,11 +97,11 @@ def bench(
     """
     if max_regression is not None and baseline is None:
         raise click.UsageError("--max-regression needs --baseline, the record to compare with")
-    from ..report.bench_formats import export_times, optimum_benchmarks
-    from ..report.bench_plan import contenders, open_bundles
-    from ..report.bench_regression import read_record
-    from ..report.bench_rounds import Schedule
-    from ..report.latency import bench as measured
+    from ..report.latency.bench import bench as measured
+    from ..report.latency.formats import export_times, optimum_benchmarks
+    from ..report.latency.plan import contenders, open_bundles
+    from ..report.latency.regression import read_record
+    from ..report.latency.rounds import Schedule
 
     earlier = read_record(baseline) if baseline is not None else None
     bundles = open_bundles(paths)
@@ -124,8 +124,8 @@ def bench(
 
 
 def _cells(options: Mapping[str, Any], bundles: Mapping[str, Any]) -> "list[Cell]":
-    from ..report.bench_cells import grid
-    from ..report.bench_plan import common_size
+    from ..report.latency.cells import grid
+    from ..report.latency.plan import common_size
 
     sizes = options["sizes"] or [common_size(list(bundles.values()))]
     return grid(sizes, options["prompt_tokens"], options["output_tokens"], options["batch"])
@@ -134,9 +134,9 @@ def _cells(options: Mapping[str, Any], bundles: Mapping[str, Any]) -> "list[Cell
 def write_report(folder: Path, record: Mapping[str, Any], samples: "Sequence[Samples]", shape: str) -> None:
     """latency.json, latency.md and index.html, which shows the folder's parity.json, too, where there is one."""
     from ..config import read_json
-    from ..report.bench_formats import optimum_benchmarks
-    from ..report.latency_markdown import markdown
-    from ..report.page import page
+    from ..report.latency.formats import optimum_benchmarks
+    from ..report.page.latency_markdown import markdown
+    from ..report.page.page import page
 
     parity = folder / "parity.json"
     html = page(read_json(parity) if parity.is_file() else None, dict(record))
@@ -163,7 +163,7 @@ def _dumped(value: Any) -> str:
 
 
 def _show(record: Mapping[str, Any]) -> None:
-    from ..report.latency_markdown import tables
+    from ..report.page.latency_markdown import tables
 
     for part in tables(record):
         click.echo(f"\n{part.title}\n{table(part.rows, part.header)}")
@@ -174,7 +174,7 @@ def _show(record: Mapping[str, Any]) -> None:
 def _gate(record: Mapping[str, Any], earlier: Mapping[str, Any], percent: float) -> None:
     """Raise OneVisionError, which names what became worse."""
     from ..errors import OneVisionError
-    from ..report.bench_regression import regressions
+    from ..report.latency.regression import regressions
 
     lines = regressions(record, earlier, percent)
     if lines:

@@ -20,8 +20,8 @@ def judge(report: Path, gates_file: Path | None, output: Path | None, strict: bo
     Exit code 1 where the verdict is FAIL; the lines that failed are printed last.
     """
     from ..errors import OneVisionError
-    from ..report.gates import load_gates
-    from ..report.judging import FAIL, PASS, judge_record
+    from ..report.parity.gates import load_gates
+    from ..report.parity.judging import FAIL, PASS, judge_record
     from ..report.record import read_json, write_json
 
     gates = load_gates(gates_file)
@@ -43,7 +43,7 @@ def judge(report: Path, gates_file: Path | None, output: Path | None, strict: bo
 
 def candidate_text(candidate: dict[str, Any]) -> str:
     """A candidate's verdict, then every stage that does not pass, then every gate on a metric."""
-    from ..report.judging import PASS
+    from ..report.parity.judging import PASS
 
     subject, gates = candidate["subject"], candidate["gates"]
     stages = [(s["verdict"], f"{s['stage']}: {s['why']}") for s in candidate["stages"] if s["verdict"] != PASS]
@@ -56,7 +56,7 @@ def candidate_text(candidate: dict[str, Any]) -> str:
 
 def failed_lines(parity: dict[str, Any], strict: bool = False) -> list[str]:
     """What made a judged record fail, a line each; strict: what is ambiguous, too."""
-    from ..report.judging import AMBIGUOUS, FAIL
+    from ..report.parity.judging import AMBIGUOUS, FAIL
 
     wrong = (FAIL, AMBIGUOUS) if strict else (FAIL,)
     lines = []

@@ -11,9 +11,9 @@ from .engines_option import engines_of
 from .judge import failed_lines
 
 if TYPE_CHECKING:
-    from ..report.gates import Gates
-    from ..report.parity import Plan
-    from ..report.recording import Recording
+    from ..report.parity.comparison import Plan
+    from ..report.parity.gates import Gates
+    from ..report.parity.recording import Recording
 
 _MARKS = {"PASS": "ok", "AMBIGUOUS": "~", "FAIL": "!!"}
 
@@ -94,8 +94,8 @@ def parity(
     Exit code 1 where a gate fails, with the line that says which.
     """
     from ..report.files import write_report
-    from ..report.gates import load_gates
-    from ..report.parity import Plan, parity_record
+    from ..report.parity.comparison import Plan, parity_record
+    from ..report.parity.gates import load_gates
 
     if not bundles and save_reference is None:
         raise click.UsageError("give a bundle to compare, or --save-reference to record what it is compared with")
@@ -130,8 +130,8 @@ def _compared(
     overwrite: bool,
     options: dict[str, Any],
 ) -> tuple["Recording", list[dict[str, Any]]]:
-    from ..report.parity import is_recording, open_reference, record_reference
-    from ..report.recording import Recording, recording_directory
+    from ..report.parity.comparison import is_recording, open_reference, record_reference
+    from ..report.parity.recording import Recording, recording_directory
 
     if is_recording(source):
         if kept is not None:
@@ -147,8 +147,8 @@ def _compared(
 def _candidate(
     path: Path, recording: "Recording", plan: "Plan", gates: "Gates", reference: Any, options: dict[str, Any]
 ) -> dict[str, Any]:
-    from ..report.parity import compare
-    from ..report.sides import BundleSide
+    from ..report.parity.comparison import compare
+    from ..report.parity.sides import BundleSide
 
     settings = {name: options[name] for name in ("threads", "exact", "memory")}
     side = BundleSide(path, engines=engines_of(options["engines"]), **settings)
@@ -159,7 +159,7 @@ def _candidate(
 
 
 def _shipped(bundles: Sequence[Path]) -> str:
-    from ..report.parity import shipped_reference
+    from ..report.parity.comparison import shipped_reference
 
     found = shipped_reference(bundles[0]) if bundles else None
     if found is None:

@@ -23,8 +23,8 @@ class ReportWriter:
         """Write a parity record, with a latency record on its page where there is one."""
         if self.writer is None:
             return
-        from .page import page
-        from .parity_markdown import markdown
+        from .page.page import page
+        from .page.parity_markdown import markdown
 
         self._text(PARITY, json.dumps(plain(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
         self._text("parity.md", markdown(record))

@@ -11,9 +11,9 @@ import pytest
 import onevision_edge
 from onevision_edge.engines.cpu.build import build_cpu
 from onevision_edge.errors import OneVisionError
-from onevision_edge.report.bench_bundle import BundleRunner
-from onevision_edge.report.bench_cells import Cell
-from onevision_edge.report.bench_metrics import DECODE, STAGES
+from onevision_edge.report.latency.bundle import BundleRunner
+from onevision_edge.report.latency.cells import Cell
+from onevision_edge.report.latency.metrics import DECODE, STAGES
 from onevision_edge.runtime.cpu_library import Library
 from onevision_edge.runtime.generation import Timings
 from onevision_edge.runtime.model import Model

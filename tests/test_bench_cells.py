@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from onevision_edge.errors import OneVisionError
-from onevision_edge.report.bench_cells import Cell, default_size, grid, read_size, seeded_ids, seeded_images
+from onevision_edge.report.latency.cells import Cell, default_size, grid, read_size, seeded_ids, seeded_images
 
 
 def test_a_grid_is_every_combination_once() -> None:

@@ -14,8 +14,8 @@ from click.testing import CliRunner, Result
 
 from onevision_edge.cli import main
 from onevision_edge.cli.bench import bench, write_text
-from onevision_edge.report.bench_cells import Cell
-from onevision_edge.report.bench_plan import common_size, contenders, names, open_bundles
+from onevision_edge.report.latency.cells import Cell
+from onevision_edge.report.latency.plan import common_size, contenders, names, open_bundles
 
 QUICK = ("--rounds", 1, "--warmup", 0, "--threads", 1, "--prompt-tokens", 5, "--output-tokens", 3, "--image", "56x56")
 
@@ -31,7 +31,7 @@ def page(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return "<html></html>"
 
     module.page = made
-    monkeypatch.setitem(sys.modules, "onevision_edge.report.page", module)
+    monkeypatch.setitem(sys.modules, "onevision_edge.report.page.page", module)
     if "bench" not in main.commands:
         monkeypatch.setitem(main.commands, "bench", bench)
     return seen
@@ -158,7 +158,7 @@ def test_contenders_know_what_a_peer_reads(
 ) -> None:
     bundles = open_bundles([golden_bundle("fp32")])
     cell = Cell((84, 56), 5, 1)
-    monkeypatch.setattr("onevision_edge.report.peers.find_spec", lambda name: object())
+    monkeypatch.setattr("onevision_edge.report.latency.peers.find_spec", lambda name: object())
     found = contenders(bundles, ["transformers=demo", "transformers=demo"], [cell], 2)
     assert [one.name for one in found] == ["fp32", "transformers", "transformers (2)"]
     assert found[1].arguments == ("demo", "transformers", 2, {cell.name: 6})

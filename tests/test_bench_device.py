@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from onevision_edge.report.bench_device import GpuGauge
+from onevision_edge.report.latency.device import GpuGauge
 
 
 def test_memory_is_the_most_and_power_the_mean(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from onevision_edge.report.bench_cells import Cell
-from onevision_edge.report.bench_metrics import (
+from onevision_edge.report.latency.cells import Cell
+from onevision_edge.report.latency.metrics import (
     DECODE,
     PREFILL,
     Request,

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from onevision_edge.errors import OneVisionError
-from onevision_edge.report.bench_cells import Cell
-from onevision_edge.report.bench_process import Process
-from onevision_edge.report.latency import bundle_contender
+from onevision_edge.report.latency.bench import bundle_contender
+from onevision_edge.report.latency.cells import Cell
+from onevision_edge.report.latency.process import Process
 
 CELL = Cell((56, 56), 5, 3)
 
@@ -66,8 +66,8 @@ def test_it_ends_with_the_one_that_asks(
     program = """
 import sys, time
 from pathlib import Path
-from onevision_edge.report.bench_process import Process
-from onevision_edge.report.latency import bundle_contender
+from onevision_edge.report.latency.process import Process
+from onevision_edge.report.latency.bench import bundle_contender
 process = Process(bundle_contender(Path(sys.argv[1]), "golden", 1), [])
 print(process._process.pid, flush=True)
 time.sleep(60)

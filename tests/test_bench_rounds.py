@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 
 from onevision_edge.errors import OneVisionError
-from onevision_edge.report.bench_cells import Cell
-from onevision_edge.report.bench_metrics import Request
-from onevision_edge.report.bench_process import Contender
-from onevision_edge.report.bench_rounds import Schedule, measure
+from onevision_edge.report.latency.cells import Cell
+from onevision_edge.report.latency.metrics import Request
+from onevision_edge.report.latency.process import Contender
+from onevision_edge.report.latency.rounds import Schedule, measure
 
 CELLS = [Cell(None, 8, 4), Cell(None, 16, 4)]
 A, B, C = (Contender(name, "bundle", ()) for name in "abc")

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from onevision_edge.report.distance import DistanceTally
+from onevision_edge.report.parity.distance import DistanceTally
 
 
 def test_numbers_of_two_rows() -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from onevision_edge.errors import OneVisionError
-from onevision_edge.report.distribution import rounding_step, row_distribution
+from onevision_edge.report.parity.distribution import rounding_step, row_distribution
 
 
 def logits(*rows: list[float]) -> np.ndarray:

@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from report_records import parity_record
 
-from onevision_edge.report.examples import ADDED, EQUAL, REMOVED, Piece, difference, questions
+from onevision_edge.report.page.examples import ADDED, EQUAL, REMOVED, Piece, difference, questions
 
 
 @given(st.text(max_size=60), st.text(max_size=60))

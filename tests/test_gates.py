@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from onevision_edge.errors import OneVisionError
-from onevision_edge.report.gates import PRECISIONS, load_gates
+from onevision_edge.report.parity.gates import PRECISIONS, load_gates
 
 FILE = """
 [default]

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from onevision_edge.errors import OneVisionError
-from onevision_edge.report.gates import Gates, load_gates
-from onevision_edge.report.judging import judge, judge_record
+from onevision_edge.report.parity.gates import Gates, load_gates
+from onevision_edge.report.parity.judging import judge, judge_record
 
 GATES = """
 [default]

@@ -10,14 +10,14 @@ from typing import Any
 import pytest
 
 from onevision_edge.errors import OneVisionError
-from onevision_edge.report.bench_cells import Cell
-from onevision_edge.report.bench_formats import export_times, optimum_benchmarks
-from onevision_edge.report.bench_metrics import Request
-from onevision_edge.report.bench_process import Contender
-from onevision_edge.report.bench_regression import read_record, regressions
-from onevision_edge.report.bench_rounds import ColdStart, Samples, Schedule
-from onevision_edge.report.latency import bundle_contender, ratios, record
-from onevision_edge.report.latency_markdown import markdown, tables
+from onevision_edge.report.latency.bench import bundle_contender, ratios, record
+from onevision_edge.report.latency.cells import Cell
+from onevision_edge.report.latency.formats import export_times, optimum_benchmarks
+from onevision_edge.report.latency.metrics import Request
+from onevision_edge.report.latency.process import Contender
+from onevision_edge.report.latency.regression import read_record, regressions
+from onevision_edge.report.latency.rounds import ColdStart, Samples, Schedule
+from onevision_edge.report.page.latency_markdown import markdown, tables
 
 CELL, TEXT = Cell((56, 56), 5, 3), Cell(None, 5, 3)
 STAGES = {"preprocess": 0.01, "vision_encoding": 0.05, "prepare_embeddings": 0.01, "prefill": 0.03, "decode": 0.1}

@@ -12,9 +12,9 @@ import pytest
 import onevision_edge
 from onevision_edge.calibration.dataset import SHIPPED_EVALUATION
 from onevision_edge.errors import OneVisionError
-from onevision_edge.report.lmms_eval import lmms_eval_results, write_lmms_eval
-from onevision_edge.report.lmms_samples import is_samples_file, read_samples
-from onevision_edge.report.text_metrics import exact
+from onevision_edge.report.parity.lmms_eval import lmms_eval_results, write_lmms_eval
+from onevision_edge.report.parity.lmms_samples import is_samples_file, read_samples
+from onevision_edge.report.parity.text_metrics import exact
 
 SUBJECT = {"name": "int8", "precision": "int8"}
 PARITY: dict[str, Any] = {
@@ -130,7 +130,7 @@ RUN = """
 import json, sys
 from lmms_eval import evaluator, models
 from lmms_eval.tasks import TaskManager
-from onevision_edge.report.lmms_eval import manifest
+from onevision_edge.report.parity.lmms_eval import manifest
 models.MODEL_REGISTRY_V2.register_manifest(manifest(), overwrite=True)
 task, bundle, folder, simple = sys.argv[1:]
 found = evaluator.simple_evaluate(
@@ -229,7 +229,7 @@ def test_likelihoods_choose_the_right_answer(evaluated: Callable[..., Any], expe
 
 @needs_lmms_eval
 def test_options_are_translated() -> None:
-    from onevision_edge.report.lmms_eval_model import ChatBundle, SimpleBundle, generation_options
+    from onevision_edge.report.parity.lmms_eval_model import ChatBundle, SimpleBundle, generation_options
 
     assert (ChatBundle.is_simple, SimpleBundle.is_simple) == (False, True)
     given = {"max_new_tokens": 7, "until": ["\n\n", ""], "temperature": 0, "top_p": None, "num_beams": 1}
@@ -244,7 +244,7 @@ def test_options_are_translated() -> None:
 
 @needs_lmms_eval
 def test_sound_is_refused() -> None:
-    from onevision_edge.report.lmms_eval_model import ChatBundle
+    from onevision_edge.report.parity.lmms_eval_model import ChatBundle
 
     bundle = object.__new__(ChatBundle)
     bundle.task_dict = {"task": {"test": [{}]}}

@@ -2,7 +2,7 @@
 
 import pytest
 
-from onevision_edge.report.numbers import (
+from onevision_edge.report.page.numbers import (
     difference,
     figure,
     in_unit,

@@ -12,7 +12,7 @@ import pytest
 from report_records import latency_record, parity_record
 
 from onevision_edge.errors import OneVisionError
-from onevision_edge.report.page import page
+from onevision_edge.report.page.page import page
 
 LIMIT = 300_000  # bytes without the images
 # What a record may leave null, wherever it is.

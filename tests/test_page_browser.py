@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from report_records import latency_record, parity_record
 
-from onevision_edge.report.page import page as report_page
+from onevision_edge.report.page.page import page as report_page
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed: pip install playwright")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

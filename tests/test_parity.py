@@ -13,12 +13,12 @@ from click.testing import CliRunner, Result
 import onevision_edge
 from onevision_edge.cli import main
 from onevision_edge.errors import OneVisionError
-from onevision_edge.report.answers import Divergence, _divergence
-from onevision_edge.report.gates import load_gates
-from onevision_edge.report.parity import Plan, compare, open_reference, parity_record, record_reference
-from onevision_edge.report.recording import Recording, recording_directory
-from onevision_edge.report.sides import BundleSide
-from onevision_edge.report.walk import rows_to_walk
+from onevision_edge.report.parity.answers import Divergence, _divergence
+from onevision_edge.report.parity.comparison import Plan, compare, open_reference, parity_record, record_reference
+from onevision_edge.report.parity.gates import load_gates
+from onevision_edge.report.parity.recording import Recording, recording_directory
+from onevision_edge.report.parity.sides import BundleSide
+from onevision_edge.report.parity.walk import rows_to_walk
 
 SMALL = ("--samples", "3", "--walk", "1", "--max-tokens", "8", "--threads", "1")
 

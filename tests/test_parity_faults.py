@@ -12,10 +12,10 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import onevision_edge
-from onevision_edge.report.gates import load_gates
-from onevision_edge.report.parity import Plan, compare, record_reference
-from onevision_edge.report.recording import Recording
-from onevision_edge.report.sides import BundleSide
+from onevision_edge.report.parity.comparison import Plan, compare, record_reference
+from onevision_edge.report.parity.gates import load_gates
+from onevision_edge.report.parity.recording import Recording
+from onevision_edge.report.parity.sides import BundleSide
 from onevision_edge.runtime import images
 from onevision_edge.runtime.cache import Decoder
 

@@ -5,7 +5,7 @@ import re
 import pytest
 from report_records import parity_record
 
-from onevision_edge.report.parity_markdown import markdown, text
+from onevision_edge.report.page.parity_markdown import markdown, text
 
 
 @pytest.mark.parametrize(

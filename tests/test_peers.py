@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from onevision_edge.errors import OneVisionError
-from onevision_edge.report import peers
-from onevision_edge.report.bench_cells import Cell
-from onevision_edge.report.peer_engines import _precision
-from onevision_edge.report.peers import PEERS, PeerRunner, peer_contender
+from onevision_edge.report.latency import peers
+from onevision_edge.report.latency.cells import Cell
+from onevision_edge.report.latency.peer_engines import _precision
+from onevision_edge.report.latency.peers import PEERS, PeerRunner, peer_contender
 from onevision_edge.report.subject import Subject
 from onevision_edge.runtime.model import Model
 

@@ -10,13 +10,13 @@ import pytest
 from report_records import distance, latency_record, parity_record, profile, stage_names
 
 from onevision_edge.calibration.frontier_svg import Box
-from onevision_edge.report.frontiers import frontiers
-from onevision_edge.report.latency_tables import cell_names, rows_of, speeds
-from onevision_edge.report.plots import Scale
-from onevision_edge.report.plots_frontier import Axis, Mark, frontier_plot, undominated
-from onevision_edge.report.plots_icicle import folded, icicle, parts
-from onevision_edge.report.plots_latency import latency_bars, stages_of
-from onevision_edge.report.plots_stages import BOTTOM, TOP, Slots, stage_plot, stage_scale
+from onevision_edge.report.page.frontiers import frontiers
+from onevision_edge.report.page.latency_tables import cell_names, rows_of, speeds
+from onevision_edge.report.page.plots import Scale
+from onevision_edge.report.page.plots_frontier import Axis, Mark, frontier_plot, undominated
+from onevision_edge.report.page.plots_icicle import folded, icicle, parts
+from onevision_edge.report.page.plots_latency import latency_bars, stages_of
+from onevision_edge.report.page.plots_stages import BOTTOM, TOP, Slots, stage_plot, stage_scale
 
 SVG = "{http://www.w3.org/2000/svg}"
 PHONE = 310  # pixels of a plot's width at 390

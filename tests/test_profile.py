@@ -12,11 +12,17 @@ import pytest
 
 from onevision_edge.engines.cpu.build import build_cpu
 from onevision_edge.errors import OneVisionError
-from onevision_edge.report.bench_bundle import BundleRunner
-from onevision_edge.report.bench_cells import Cell
-from onevision_edge.report.profile import summary
-from onevision_edge.report.profile_names import node_module, node_modules, node_operation
-from onevision_edge.report.profile_sources import Timed, layer_profiler, layer_time, node_times, timed_operations
+from onevision_edge.report.latency.bundle import BundleRunner
+from onevision_edge.report.latency.cells import Cell
+from onevision_edge.report.latency.profile import summary
+from onevision_edge.report.latency.profile_names import node_module, node_modules, node_operation
+from onevision_edge.report.latency.profile_sources import (
+    Timed,
+    layer_profiler,
+    layer_time,
+    node_times,
+    timed_operations,
+)
 from onevision_edge.runtime.cpu_library import Library
 from onevision_edge.runtime.engine_graph import EngineGraph
 

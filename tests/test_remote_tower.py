@@ -11,8 +11,8 @@ from reference_rows import Recorder, error, image_row, numpy_model, row_of, two_
 from remote_checkpoint import MODELING, RIGHT_OFFSETS, add_code
 
 from onevision_edge.errors import OneVisionError
-from onevision_edge.report.probe import MERGER, PATCH_EMBED, STITCHED, block_stage, layer_stage
-from onevision_edge.report.transformers_side import TransformersSide, open_transformers
+from onevision_edge.report.parity.probe import MERGER, PATCH_EMBED, STITCHED, block_stage, layer_stage
+from onevision_edge.report.parity.transformers_side import TransformersSide, open_transformers
 from onevision_edge.runtime.images import patch_positions
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'onevision-edge[reference]'")

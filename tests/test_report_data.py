@@ -15,9 +15,9 @@ import onevision_edge
 from onevision_edge.calibration.dataset import SHIPPED_EVALUATION, Preparer, load_dataset
 from onevision_edge.config import ModelConfig
 from onevision_edge.errors import OneVisionError
-from onevision_edge.report.data import open_data
-from onevision_edge.report.question import data_url
-from onevision_edge.report.synthetic import ordinary_ids, synthetic_rows
+from onevision_edge.report.parity.data import open_data
+from onevision_edge.report.parity.question import data_url
+from onevision_edge.report.parity.synthetic import ordinary_ids, synthetic_rows
 from onevision_edge.runtime.vision import media_tokens
 
 DEMO = Path(onevision_edge.__file__).parent / "demo" / "checkpoint"

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from onevision_edge.bundle import Bundle, PackedWeight, WideSpec
-from onevision_edge.report.roofline import (
+from onevision_edge.report.latency.roofline import (
     bytes_per_token,
     cache_bytes,
     largest_cache,

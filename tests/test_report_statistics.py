@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from onevision_edge.errors import OneVisionError
-from onevision_edge.report.statistics import Interval, bootstrap, bootstrap_statistic, paired
+from onevision_edge.report.parity.statistics import Interval, bootstrap, bootstrap_statistic, paired
 
 
 def test_a_mean_is_of_all_positions_and_rows_stay_whole() -> None:

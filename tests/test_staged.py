@@ -16,9 +16,9 @@ from onevision_edge.calibration.rows import Row
 from onevision_edge.calibration.scored import scored
 from onevision_edge.engines.cpu.build import build_cpu
 from onevision_edge.errors import OneVisionError
-from onevision_edge.report.cuts import CutGraph
-from onevision_edge.report.probe import model_stages, stage_rank
-from onevision_edge.report.sides import BundleSide
+from onevision_edge.report.parity.cuts import CutGraph
+from onevision_edge.report.parity.probe import model_stages, stage_rank
+from onevision_edge.report.parity.sides import BundleSide
 from onevision_edge.runtime.cpu_library import Library
 
 Bundles = Callable[[str], Path]

@@ -4,8 +4,9 @@ from typing import Any
 
 from report_records import latency_record, parity_record
 
-from onevision_edge.report import latency_tables, tables
-from onevision_edge.report.tables import Table
+from onevision_edge.report.page import latency_tables
+from onevision_edge.report.page import tables as tables
+from onevision_edge.report.page.tables import Table
 
 
 def texts(table: Table) -> dict[str, dict[str, str]]:

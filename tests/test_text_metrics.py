@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from onevision_edge.errors import OneVisionError
-from onevision_edge.report.metrics import METRICS
-from onevision_edge.report.text_metrics import anls, cer, choice, exact, normalized, score, wer
+from onevision_edge.report.parity.metrics import METRICS
+from onevision_edge.report.parity.text_metrics import anls, cer, choice, exact, normalized, score, wer
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from reference_rows import IDS, Recorder, error, image_row, media_of, numpy_mode
 from onevision_edge.bundle import file_sha256
 from onevision_edge.calibration.rows import Row
 from onevision_edge.errors import OneVisionError
-from onevision_edge.report.probe import STITCHED, layer_stage
-from onevision_edge.report.transformers_side import open_transformers
+from onevision_edge.report.parity.probe import STITCHED, layer_stage
+from onevision_edge.report.parity.transformers_side import open_transformers
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install 'onevision-edge[reference]'")
 pytest.importorskip("transformers", reason="transformers is not installed: pip install 'onevision-edge[reference]'")
@@ -165,7 +165,7 @@ def test_weights_are_in_memory_once(
     directory = made.write(tmp_path / "c", dtype="BF16")
     program = """
 import sys, torch, transformers
-from onevision_edge.report.transformers_side import open_transformers
+from onevision_edge.report.parity.transformers_side import open_transformers
 open_transformers(sys.argv[1], threads=1)
 before = peak()
 side = open_transformers(sys.argv[2], threads=1)

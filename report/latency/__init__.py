@@ -1,0 +1,1 @@
+"""Latency: how fast is it, and where does the time go."""

@@ -1,0 +1,1 @@
+"""Parity: is it still the same model."""
