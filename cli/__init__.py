@@ -7,6 +7,7 @@ import click
 
 from .. import __version__
 from ..errors import OneVisionError
+from .bench import bench
 from .build import build
 from .bundles import inspect, verify
 from .demo import demo
@@ -15,6 +16,7 @@ from .export import export
 from .judge import judge
 from .parity import parity
 from .quantize import quantize
+from .report import report
 from .run import chat, run
 from .targets import targets
 
@@ -44,5 +46,20 @@ def main() -> None:
     """
 
 
-for command in (demo, export, quantize, build, run, chat, inspect, verify, parity, judge, targets, doctor):
+for command in (
+    demo,
+    export,
+    quantize,
+    build,
+    run,
+    chat,
+    inspect,
+    verify,
+    parity,
+    bench,
+    report,
+    judge,
+    targets,
+    doctor,
+):
     main.add_command(command)

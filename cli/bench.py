@@ -1,8 +1,6 @@
 """onevision-edge bench"""
 
-import json
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +11,6 @@ from .engines_option import engines_of
 
 if TYPE_CHECKING:
     from ..report.latency.cells import Cell
-    from ..report.latency.rounds import Samples
 
 
 def _sizes(context: click.Context, option: click.Parameter, values: tuple[str, ...]) -> list[tuple[int, int] | None]:
@@ -97,12 +94,15 @@ def bench(
     """
     if max_regression is not None and baseline is None:
         raise click.UsageError("--max-regression needs --baseline, the record to compare with")
+    from ..report.files import open_folder, write_latency
     from ..report.latency.bench import bench as measured
     from ..report.latency.formats import export_times, optimum_benchmarks
     from ..report.latency.plan import contenders, open_bundles
     from ..report.latency.regression import read_record
     from ..report.latency.rounds import Schedule
+    from ..report.record import write_json
 
+    open_folder(output)
     earlier = read_record(baseline) if baseline is not None else None
     bundles = open_bundles(paths)
     cells = _cells(options, bundles)
@@ -111,9 +111,11 @@ def bench(
     with progress("bench", "requests") as report:
         record, samples = measured(found, cells, schedule, report, threads)
     if times is not None:
-        write_text(times, _dumped(export_times(samples)))
+        write_json(times, export_times(samples))
     if output is not None:
-        write_report(output, record, samples, shape)
+        write_latency(output, record)
+        if shape != "record":
+            write_json(output / "optimum-benchmark.json", optimum_benchmarks(samples))
         say(f"wrote {output}: latency.json, latency.md, index.html")
     if as_json:
         print_json(record if shape == "record" else optimum_benchmarks(samples))
@@ -129,37 +131,6 @@ def _cells(options: Mapping[str, Any], bundles: Mapping[str, Any]) -> "list[Cell
 
     sizes = options["sizes"] or [common_size(list(bundles.values()))]
     return grid(sizes, options["prompt_tokens"], options["output_tokens"], options["batch"])
-
-
-def write_report(folder: Path, record: Mapping[str, Any], samples: "Sequence[Samples]", shape: str) -> None:
-    """latency.json, latency.md and index.html, which shows the folder's parity.json, too, where there is one."""
-    from ..config import read_json
-    from ..report.latency.formats import optimum_benchmarks
-    from ..report.page.latency_markdown import markdown
-    from ..report.page.page import page
-
-    parity = folder / "parity.json"
-    html = page(read_json(parity) if parity.is_file() else None, dict(record))
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "latency.json", _dumped(record))
-    write_text(folder / "latency.md", markdown(record))
-    if shape != "record":
-        write_text(folder / "optimum-benchmark.json", _dumped(optimum_benchmarks(samples)))
-    write_text(folder / "index.html", html)
-
-
-def write_text(path: Path, text: str) -> None:
-    """A file, whole or not at all."""
-    staged = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        staged.write_text(text, encoding="utf-8")
-        os.replace(staged, path)
-    finally:
-        staged.unlink(missing_ok=True)
-
-
-def _dumped(value: Any) -> str:
-    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"
 
 
 def _show(record: Mapping[str, Any]) -> None:

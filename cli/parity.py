@@ -2,18 +2,13 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
 from .console import print_json, progress, say, size, table
 from .engines_option import engines_of
 from .judge import failed_lines
-
-if TYPE_CHECKING:
-    from ..report.parity.comparison import Plan
-    from ..report.parity.gates import Gates
-    from ..report.parity.recording import Recording
 
 _MARKS = {"PASS": "ok", "AMBIGUOUS": "~", "FAIL": "!!"}
 
@@ -67,13 +62,11 @@ _MARKS = {"PASS": "ok", "AMBIGUOUS": "~", "FAIL": "!!"}
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Directory for parity.json, parity.md, index.html."
 )
-@click.option("--overwrite", is_flag=True, help="Replace what is there.")
+@click.option("--overwrite", is_flag=True, help="Replace a stored reference.")
 @click.option("--json", "as_json", is_flag=True, help="Print the record.")
 def parity(
     bundles: tuple[Path, ...],
     reference: str | None,
-    runtime: str,
-    trust_remote_code: bool,
     data: str | None,
     samples: int | None,
     walked: int,
@@ -83,79 +76,43 @@ def parity(
     strict: bool,
     noise: bool,
     save_reference: Path | None,
-    work: Path | None,
     output: Path | None,
     overwrite: bool,
     as_json: bool,
+    memory: float | None,
+    engines: str | None,
     **running: Any,
 ) -> None:
     """Is it still the same model? Compare bundles with a reference, stage by stage and answer by answer.
 
     Exit code 1 where a gate fails, with the line that says which.
     """
-    from ..report.files import write_report
-    from ..report.parity.comparison import Plan, parity_record
+    needs_onnx()
+    from ..report.files import open_folder, write_parity
+    from ..report.parity.comparison import Plan, Running, compare_all
     from ..report.parity.gates import load_gates
 
     if not bundles and save_reference is None:
         raise click.UsageError("give a bundle to compare, or --save-reference to record what it is compared with")
-    _needs_onnx()
-    gates = load_gates(gates_file)
-    plan = Plan(data, samples, walked, max_tokens, seed, noise)
     source = reference or _shipped(bundles)
-    running["memory"] = None if running["memory"] is None else int(running["memory"] * 1e9)
-    options = {"runtime": runtime, "trust_remote_code": trust_remote_code, "work": work, **running}
-    with write_report(output, overwrite) as report:
-        recording, candidates = _compared(bundles, source, plan, gates, save_reference, overwrite, options)
-        record = parity_record(recording, candidates, plan, gates)
-        report.parity(record)
+    plan = Plan(data, samples, walked, max_tokens, seed, noise)
+    most = None if memory is None else int(memory * 1e9)
+    how = Running(engines_of(engines), memory=most, **running)
+    open_folder(output)
+    record = compare_all(
+        bundles, source, plan, load_gates(gates_file), how, keep=save_reference, overwrite=overwrite, phases=progress
+    )
     if as_json:
         print_json(record)
-    elif candidates:
+    else:
         _print(record)
     if output is not None:
+        write_parity(output, record)
         say(f"wrote {output}: parity.json, parity.md, index.html")
     if lines := failed_lines(record, strict):
         for line in lines:
             say(line)
         raise click.exceptions.Exit(1)
-
-
-def _compared(
-    bundles: Sequence[Path],
-    source: str,
-    plan: "Plan",
-    gates: "Gates",
-    kept: Path | None,
-    overwrite: bool,
-    options: dict[str, Any],
-) -> tuple["Recording", list[dict[str, Any]]]:
-    from ..report.parity.comparison import is_recording, open_reference, record_reference
-    from ..report.parity.recording import Recording, recording_directory
-
-    if is_recording(source):
-        if kept is not None:
-            raise click.UsageError(f"{source} is a stored reference already")
-        recording = Recording.open(source)
-        return recording, [_candidate(path, recording, plan, gates, None, options) for path in bundles]
-    settings = {name: options[name] for name in ("runtime", "trust_remote_code", "threads", "memory", "work")}
-    with open_reference(source, **settings, phases=progress) as side, recording_directory(kept, overwrite) as directory:
-        recording = record_reference(side, plan, directory, progress)
-        return recording, [_candidate(path, recording, plan, gates, side, options) for path in bundles]
-
-
-def _candidate(
-    path: Path, recording: "Recording", plan: "Plan", gates: "Gates", reference: Any, options: dict[str, Any]
-) -> dict[str, Any]:
-    from ..report.parity.comparison import compare
-    from ..report.parity.sides import BundleSide
-
-    settings = {name: options[name] for name in ("threads", "exact", "memory")}
-    side = BundleSide(path, engines=engines_of(options["engines"]), **settings)
-    try:
-        return compare(side, recording, plan, gates, progress, reference)
-    finally:
-        side.close()
 
 
 def _shipped(bundles: Sequence[Path]) -> str:
@@ -167,7 +124,8 @@ def _shipped(bundles: Sequence[Path]) -> str:
     return found
 
 
-def _needs_onnx() -> None:
+def needs_onnx() -> None:
+    """Raise OneVisionError where graphs cannot be looked into."""
     from ..errors import OneVisionError
 
     try:

@@ -1,46 +1,55 @@
-"""A report's directory: its records, the same in Markdown, and one page, all there or none."""
+"""A report's folder: records as JSON, the same in Markdown, and one page that shows all that is there.
 
-import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+    parity.json   parity.md
+    latency.json  latency.md
+    index.html
+
+Every file is written whole or not at all, the page last.
+"""
+
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..bundle import BundleWriter, writing
-from .record import plain
+from ..errors import OneVisionError
+from .record import read_json, write_json, write_text
 
-PAGE, PARITY, LATENCY = "index.html", "parity.json", "latency.json"
-
-
-@dataclass
-class ReportWriter:
-    """Files of a report on their way; a report without a directory is dropped."""
-
-    writer: BundleWriter | None
-
-    def parity(self, record: Mapping[str, Any], latency: Mapping[str, Any] | None = None) -> None:
-        """Write a parity record, with a latency record on its page where there is one."""
-        if self.writer is None:
-            return
-        from .page.page import page
-        from .page.parity_markdown import markdown
-
-        self._text(PARITY, json.dumps(plain(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
-        self._text("parity.md", markdown(record))
-        self._text(PAGE, page(record, latency))
-
-    def _text(self, name: str, text: str) -> None:
-        assert self.writer is not None
-        self.writer.path(name).write_text(text, "utf-8")
-        self.writer.seal(name)
+PARITY, LATENCY, PAGE = "parity.json", "latency.json", "index.html"
 
 
-@contextmanager
-def write_report(output: Path | None, overwrite: bool = False) -> Iterator[ReportWriter]:
-    """A directory for a report, which appears when it is complete; None: nothing is written."""
-    if output is None:
-        yield ReportWriter(None)
+def open_folder(folder: Path | None) -> None:
+    """Make a report's folder before the work that fills it. Raises OneVisionError where it cannot be made."""
+    if folder is None:
         return
-    with writing(output, overwrite, marker=PAGE, what="report") as writer:
-        yield ReportWriter(writer)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise OneVisionError(f"{folder} is no folder, and a report is one: give another place") from error
+    except OSError as error:
+        raise OneVisionError(f"{folder}: cannot be made: {error.strerror}") from error
+
+
+def write_parity(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write a parity record, and the page anew. Raises OSError."""
+    from .page.parity_markdown import markdown
+
+    write_json(folder / PARITY, record)
+    write_text(folder / "parity.md", markdown(record))
+    write_page(folder)
+
+
+def write_latency(folder: Path, record: Mapping[str, Any]) -> None:
+    """Write a latency record, and the page anew. Raises OSError."""
+    from .page.latency_markdown import markdown
+
+    write_json(folder / LATENCY, record)
+    write_text(folder / "latency.md", markdown(record))
+    write_page(folder)
+
+
+def write_page(folder: Path) -> None:
+    """The page of the records in a folder."""
+    from .page.page import page
+
+    parity, latency = (read_json(folder / name) if (folder / name).is_file() else None for name in (PARITY, LATENCY))
+    write_text(folder / PAGE, page(parity, latency))

@@ -14,7 +14,7 @@ from ..config import read_json
 __all__ = ["plain", "read_json", "write_json", "write_text"]
 
 
-def write_json(path: Path, record: Mapping[str, Any]) -> None:
+def write_json(path: Path, record: Any) -> None:
     """Write a record; numbers that are not finite become null, as JSON has none. Raises OSError."""
     write_text(path, json.dumps(plain(record), indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 

@@ -1,6 +1,8 @@
 """What is compared or timed: a bundle, or another reference, described for a report's reader."""
 
-from collections.abc import Mapping
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,3 +66,24 @@ def _precision(bundle: Bundle, dtype: str) -> str:
     """The plan's name where the bundle was quantised, else what it computes in."""
     record = bundle.manifest.quantization
     return dtype if record is None else str(record["plan"]["name"])
+
+
+def names(paths: Sequence[Path]) -> list[str]:
+    """A name for each path, all different; a path that comes twice is numbered."""
+    found = [path.name for path in paths]
+    deepest = max((len(path.parts) for path in paths), default=0)
+    for depth in range(2, deepest + 1):
+        counts = Counter(found)
+        again = [os.path.join(*path.parts[-depth:]) for path in paths]
+        found = [long if counts[name] > 1 else name for name, long in zip(found, again, strict=True)]
+    return numbered(found)
+
+
+def numbered(found: Sequence[str]) -> list[str]:
+    """Names with a number behind those that came before."""
+    seen: Counter[str] = Counter()
+    unique = []
+    for name in found:
+        seen[name] += 1
+        unique.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
+    return unique

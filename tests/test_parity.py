@@ -14,7 +14,14 @@ import onevision_edge
 from onevision_edge.cli import main
 from onevision_edge.errors import OneVisionError
 from onevision_edge.report.parity.answers import Divergence, _divergence
-from onevision_edge.report.parity.comparison import Plan, compare, open_reference, parity_record, record_reference
+from onevision_edge.report.parity.comparison import (
+    Plan,
+    Running,
+    compare,
+    open_reference,
+    parity_record,
+    record_reference,
+)
 from onevision_edge.report.parity.gates import load_gates
 from onevision_edge.report.parity.recording import Recording, recording_directory
 from onevision_edge.report.parity.sides import BundleSide
@@ -171,13 +178,19 @@ def test_usage(tmp_path: Path, tiny: Callable[..., Any]) -> None:
     assert "does not exist" in done.output
 
 
-def test_nothing_is_written_where_something_stands(fp16: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.txt").write_text("mine")
-    done = run("parity", fp16, *SMALL, "-o", tmp_path / "out")
+def test_a_report_joins_what_its_folder_holds(fp16: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    assert run("bench", fp16, "-o", out, "--rounds", "1", "--warmup", "0", "--output-tokens", "2").exit_code == 0
+    assert run("parity", fp16, *SMALL, "-o", out).exit_code == 0
+    assert {"thesis.txt", "latency.json", "parity.json"} < {path.name for path in out.iterdir()}
+    page = (out / "index.html").read_text()
+    assert "KL divergence" in page
+    assert "first token" in page
+    done = run("parity", fp16, *SMALL, "-o", out / "thesis.txt")
     assert done.exit_code == 1
-    assert "is not a report; choose another destination" in done.output
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert "thesis.txt is no folder, and a report is one" in done.output
 
 
 def test_an_interrupted_recording_leaves_nothing(fp32: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -236,8 +249,7 @@ def test_pytorch_is_a_reference(fp32: Path) -> None:
 
 
 def test_a_bundle_is_no_checkpoint_for_pytorch(fp32: Path) -> None:
-    options: dict[str, Any] = {"trust_remote_code": False, "threads": 1, "memory": None, "work": None}
-    side = open_reference(str(fp32), runtime="transformers", **options)
+    side = open_reference(str(fp32), Running(runtime="transformers"))
     with pytest.raises(OneVisionError, match="give transformers a checkpoint"), side:
         pass
 

@@ -155,7 +155,7 @@ def int8(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from onevision_edge.calibration.quantize import quantize
 
     out = tmp_path_factory.mktemp("parity") / "int8"
-    quantize("demo", out, precision="int8")
+    quantize("demo", out, precision="int8", calibration_samples=16, evaluate=False)
     return out
 
 

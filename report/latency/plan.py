@@ -1,13 +1,12 @@
 """Who is timed, and on what: bundles and peers by name, and cells that all of them take."""
 
-import os
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ...bundle import Bundle
 from ...runtime.images import ImageProcessor
 from ...runtime.prompts import image_processor
+from ..subject import names, numbered
 from .bench import bundle_contender
 from .bundle import image_tokens
 from .cells import Cell, Size, default_size
@@ -18,27 +17,6 @@ from .process import Contender
 def open_bundles(paths: Sequence[Path]) -> dict[str, Bundle]:
     """Bundles by a name for each: its directory's, with as much of the path before it as tells them apart."""
     return dict(zip(names([path.resolve() for path in paths]), map(Bundle.open, paths), strict=True))
-
-
-def names(paths: Sequence[Path]) -> list[str]:
-    """A name for each path, all different; a path that comes twice is numbered."""
-    found = [path.name for path in paths]
-    deepest = max((len(path.parts) for path in paths), default=0)
-    for depth in range(2, deepest + 1):
-        counts = Counter(found)
-        again = [os.path.join(*path.parts[-depth:]) for path in paths]
-        found = [long if counts[name] > 1 else name for name, long in zip(found, again, strict=True)]
-    return numbered(found)
-
-
-def numbered(found: Sequence[str]) -> list[str]:
-    """Names with a number behind those that came before."""
-    seen: Counter[str] = Counter()
-    unique = []
-    for name in found:
-        seen[name] += 1
-        unique.append(name if seen[name] == 1 else f"{name} ({seen[name]})")
-    return unique
 
 
 def common_size(bundles: Sequence[Bundle]) -> Size | None:

@@ -33,7 +33,7 @@ class Process:
 
     def __init__(self, contender: Contender, cells: Sequence[Cell]) -> None:
         self.contender, self.peak = contender, 0
-        package = __name__.rsplit(".", 2)[0]
+        package = __name__.rsplit(".", 3)[0]
         job = {"kind": contender.kind, "arguments": contender.arguments, "cells": [cell.to_dict() for cell in cells]}
         spawned = monotonic()
         self._process = subprocess.Popen(

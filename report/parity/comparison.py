@@ -16,14 +16,16 @@ from ...calibration.rows import Row
 from ...calibration.scored import scored
 from ...errors import OneVisionError
 from ..machine import machine
+from ..subject import names
 from .answers import answer_rows, examples, metrics, paired_tests, score_record, token_record
 from .data import open_data
 from .gates import Gates
 from .judging import FORMAT, FORMAT_VERSION, judge, judge_record
 from .locate import failed_module
 from .question import Questions
-from .recording import RECORD, Recording, recorded_row, save_row
+from .recording import RECORD, Recording, recorded_row, recording_directory, save_row
 from .sides import BundleSide, Side, check_same_model
+from .torch_reference import TorchReference
 from .walk import floor, rows_to_walk, stage_records, walk, walk_reference
 
 
@@ -168,58 +170,100 @@ def parity_record(
     return judge_record(record, gates)
 
 
-@contextmanager
-def open_reference(
-    source: str,
-    *,
-    runtime: str,
-    trust_remote_code: bool,
-    threads: int | None,
-    memory: int | None,
-    work: Path | None,
-    phases: Phases = no_phases,
-) -> Iterator[Side]:
-    """A bundle, or a checkpoint as FP32 graphs or in PyTorch, to compare with. Raises OneVisionError.
+@dataclass(frozen=True, slots=True)
+class Running:
+    """How both sides run. engines, threads, exact: of bundles, as `load` takes them; memory: see BundleSide.
 
-    runtime: onnx or transformers. work: where a checkpoint's graphs go meanwhile; None: the system's.
+    runtime: onnx or transformers, of a checkpoint as the reference; trust_remote_code: of its own modeling code.
+    work: where a checkpoint's graphs go meanwhile; None: the system's directory for such.
     """
+
+    engines: str | bool | None = None
+    threads: int | None = None
+    exact: bool = False
+    memory: int | None = None
+    runtime: str = "onnx"
+    trust_remote_code: bool = False
+    work: Path | None = None
+
+
+def compare_all(
+    bundles: Sequence[Path],
+    reference: str,
+    plan: Plan,
+    gates: Gates,
+    running: Running,
+    *,
+    keep: Path | None = None,
+    overwrite: bool = False,
+    phases: Phases = no_phases,
+) -> dict[str, Any]:
+    """Hold bundles against a reference: a checkpoint, a bundle, or a recording. Returns the parity record.
+
+    keep: where the recording is to stay. Raises OneVisionError.
+    """
+    opened = list(zip(bundles, names([path.resolve() for path in bundles]), strict=True))
+
+    def against(recording: Recording, side: Side | None) -> dict[str, Any]:
+        candidates = [_candidate(*one, recording, plan, gates, running, side, phases) for one in opened]
+        return parity_record(recording, candidates, plan, gates)
+
+    if (Path(reference) / RECORD).is_file():
+        if keep is not None:
+            raise OneVisionError(f"{reference} is a stored reference already; there is nothing to record")
+        return against(Recording.open(reference), None)
+    with open_reference(reference, running, phases) as side, recording_directory(keep, overwrite) as directory:
+        return against(record_reference(side, plan, directory, phases), side)
+
+
+def _candidate(
+    path: Path,
+    name: str,
+    recording: Recording,
+    plan: Plan,
+    gates: Gates,
+    running: Running,
+    reference: Side | None,
+    phases: Phases,
+) -> dict[str, Any]:
+    settings: dict[str, Any] = {key: getattr(running, key) for key in ("engines", "threads", "exact", "memory")}
+    side = BundleSide(path, name=name, **settings)
+    try:
+        return compare(side, recording, plan, gates, phases, reference)
+    finally:
+        side.close()
+
+
+@contextmanager
+def open_reference(source: str, running: Running, phases: Phases = no_phases) -> Iterator[Side]:
+    """A bundle, or a checkpoint as FP32 graphs or in PyTorch, to compare with. Raises OneVisionError."""
     if (Path(source) / MANIFEST).is_file():
-        if runtime != "onnx":
+        if running.runtime != "onnx":
             raise OneVisionError(f"{source} is a bundle, which ONNX Runtime runs; give transformers a checkpoint")
-        side: Any = BundleSide(source, threads=threads, memory=memory, exact=True, engines=False)
+        side: Any = BundleSide(source, threads=running.threads, memory=running.memory, exact=True, engines=False)
         yield side
         side.close()
         return
-    folder = Path(tempfile.mkdtemp(prefix="onevision-edge-fp32-", dir=work))
+    folder = Path(tempfile.mkdtemp(prefix="onevision-edge-fp32-", dir=running.work))
     try:
-        graphs = _fp32_side(source, folder, threads, memory, phases)
-        side = graphs if runtime == "onnx" else _transformers_side(source, graphs, trust_remote_code, threads)
+        side = _fp32_side(source, folder, running, phases)
+        if running.runtime == "transformers":
+            side = TorchReference(source, side, trust_remote_code=running.trust_remote_code, threads=running.threads)
         yield side
         side.close()
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _fp32_side(source: str, folder: Path, threads: int | None, memory: int | None, phases: Phases) -> BundleSide:
+def _fp32_side(source: str, folder: Path, running: Running, phases: Phases) -> BundleSide:
     """The FP32 graphs of a checkpoint."""
     from ...export import export
 
     with phases(f"{source}: FP32 graphs", "B") as progress:
         export(source, folder / "fp32", dtype="fp32", progress=progress)
-    name = "shipped model" if source == "demo" else Path(source).name
-    name = f"{name}, FP32 graphs"
-    return BundleSide(folder / "fp32", threads=threads, memory=memory, engines=False, name=name, kind="checkpoint")
-
-
-def _transformers_side(source: str, graphs: BundleSide, trust_remote_code: bool, threads: int | None) -> Side:
-    from .torch_reference import TorchReference
-
-    return TorchReference(source, graphs, trust_remote_code=trust_remote_code, threads=threads)
-
-
-def is_recording(source: str) -> bool:
-    """Whether a path is a stored reference."""
-    return (Path(source) / RECORD).is_file()
+    name = f"{'shipped model' if source == 'demo' else Path(source).name}, FP32 graphs"
+    settings: dict[str, Any] = {"threads": running.threads, "memory": running.memory}
+    return BundleSide(folder / "fp32", engines=False, name=name, kind="checkpoint", **settings)
 
 
 def shipped_reference(bundle: Path) -> str | None:
