@@ -42,7 +42,7 @@ class Process:
             stdout=subprocess.PIPE,
             text=True,
             env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
-            process_group=0,  # Ctrl-C comes to us alone; where we are killed, the system wakes it and it ends
+            process_group=0,  # the terminal's Ctrl-C comes to us alone, and we end it
         )
         try:
             found = self._exchange({**job, "spawned": spawned})

@@ -5,10 +5,13 @@ names a method of the runner and its arguments. An answer has the result and the
 resident until then, or what went wrong. What libraries print goes to stderr.
 """
 
+import ctypes
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from time import monotonic
 from typing import Any, TextIO
 
@@ -18,13 +21,21 @@ from .cells import Cell
 from .metrics import Request
 
 BUNDLE = "bundle"
+_PR_SET_PDEATHSIG = 1  # <linux/prctl.h>
 
 
 def main() -> None:
-    """Serve until stdin ends."""
+    """Serve until stdin ends, or the one that asks does."""
+    _end_with_parent()
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     serve(sys.stdin, answers)
+
+
+def _end_with_parent() -> None:
+    """Have Linux kill this process when its parent dies, since one that is stopped does not see its stdin end."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def serve(requests: TextIO, answers: TextIO) -> None:
