@@ -13,9 +13,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from onevision_edge.cli import main
-from onevision_edge.cli.bench import bench, write_text
+from onevision_edge.cli.bench import bench
 from onevision_edge.report.latency.cells import Cell
 from onevision_edge.report.latency.plan import common_size, contenders, names, open_bundles
+from onevision_edge.report.record import write_text
 
 QUICK = ("--rounds", 1, "--warmup", 0, "--threads", 1, "--prompt-tokens", 5, "--output-tokens", 3, "--image", "56x56")
 
