@@ -295,9 +295,22 @@ class TokenModel:
         finally:
             self._idle.give(replace(held, keys=loop.keys()))
 
+    def new_cache(self, batch: int) -> KVCache:
+        """A KV cache for so many sequences, empty. Raises OneVisionError where the engine takes fewer."""
+        graph = self._decoder_graph()
+        graph.check_batch(batch)
+        return KVCache(self.config.text, self._cache_rows, batch, graph.cache_dtype, graph.zeros)
+
+    @property
+    def table(self) -> EmbeddingTable:
+        """Embeddings of text tokens. Raises OneVisionError where the bundle has no decoder."""
+        self.bundle.graph("decoder")
+        assert self._table is not None
+        return self._table
+
     def _new_cache(self, graph: AnyGraph, batch: int) -> HeldCache:
         """A decoder for the whole batch and, where it has several sequences, one for each."""
-        cache = KVCache(self.config.text, self._cache_rows, batch, graph.cache_dtype, graph.zeros)
+        cache = self.new_cache(batch)
         views = [cache.rows(i, i + 1) for i in range(batch)] if batch > 1 else []
         decoder, *others = (Decoder(graph, c, self.config.text.vocab_size) for c in (cache, *views))
         return HeldCache(decoder, others or [decoder])
