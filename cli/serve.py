@@ -87,7 +87,9 @@ def serve(
 
     settings = _settings(bundle, host, options)
     with listening_socket(host, port) as listening:
-        model = load(bundle, threads=threads, engines=engines_of(engines), prefix_caches=0)  # slots keep their own
+        model = load(
+            bundle.resolve(), threads=threads, engines=engines_of(engines), prefix_caches=0
+        )  # slots keep their own
         scheduler = Scheduler(model, slots=slots, queue=queue)
         server = Server(create_app(scheduler, settings), scheduler, settings.request_seconds)
         scheduler.start()

@@ -11,6 +11,8 @@ from ..runtime.generation import TokenLogprob
 from ..runtime.scheduler import Finished
 from ..runtime.tokenizer import Tokenizer
 
+_LEAST = -9999.0  # OpenAI's word for minus infinity, which JSON lacks
+
 
 @dataclass(frozen=True, slots=True)
 class Answer:
@@ -60,7 +62,7 @@ class Answer:
 
     def _token(self, token_id: int, logprob: float) -> dict[str, Any]:
         raw = token_bytes(self.tokenizer, token_id)
-        return {"token": raw.decode(errors="replace"), "logprob": logprob, "bytes": list(raw)}
+        return {"token": raw.decode(errors="replace"), "logprob": max(logprob, _LEAST), "bytes": list(raw)}
 
 
 def usage(finished: Sequence[Finished]) -> dict[str, Any]:

@@ -17,12 +17,12 @@ from ..runtime.scheduler import Finished, Piece, Scheduler
 from .answers import Answer
 from .auth import Gate, page_policy
 from .body import read_body
-from .errors import GONE, ApiError, ClientGoneError, closing, report
+from .errors import GONE, ApiError, ClientGoneError, api_error, closing, crowded, report
 from .fetching import Fetcher
 from .images import read_pictures
 from .metrics import CONTENT_TYPE, CountAnswers, Metrics
 from .openapi import document
-from .protocol import ChatCall, read_chat
+from .protocol import ChatCall, check_model, read_chat
 from .requests import ControlTokens, chat_requests
 from .settings import Settings
 from .stream import Events, EventStream, chunks, while_connected
@@ -67,21 +67,31 @@ class Chat:
             raise OneVisionError("the bundle has no tokenizer.json, which chat needs")
         self._tokenizer = tokenizer
         self._control = ControlTokens(tokenizer)
+        self._open = 0
 
     async def __call__(self, request: Request) -> Response:
         """Answer one body, whole or as a stream; whoever leaves early gives the question up."""
         _refuse_if_draining(request)
+        if self._open >= self._settings.max_open:
+            raise crowded()
+        self._open += 1
+        try:
+            return await self._answered(request)
+        finally:
+            self._open -= 1
+
+    async def _answered(self, request: Request) -> Response:
         body = await read_body(request, self._settings)
         deadline = asyncio.get_running_loop().time() + self._settings.request_seconds
         events = Events(self._scheduler, self._metrics, deadline)
         try:
-            response = await while_connected(request, self._answer(body, events, deadline))
-        except BaseException as error:
-            events.cancel()
-            if isinstance(error, Exception) and not isinstance(error, ClientGoneError):
-                raise report(error) from error
+            return await while_connected(request, self._answer(body, events, deadline))
+        except ClientGoneError:
             raise
-        return response
+        except Exception as error:
+            raise report(error) from error
+        finally:
+            events.leave()
 
     async def _answer(self, body: bytes, events: Events, deadline: float) -> Response:
         async with asyncio.timeout_at(deadline):
@@ -101,7 +111,7 @@ class Chat:
         first = await anext(arriving)
         with_logprobs = call.params.logprobs is not None
         lines = chunks(answer, _from(first, arriving), call.choices, with_logprobs, call.include_usage)
-        return EventStream(lines, events)
+        return EventStream(lines, events.kept())
 
     def _read(self, body: bytes) -> ChatCall:
         call = read_chat(parse(body), self._settings)
@@ -123,6 +133,10 @@ def _routes(chat: Chat, settings: Settings, metrics: Metrics) -> list[Route]:
     async def models(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [model]})
 
+    async def one_model(request: Request) -> Response:
+        check_model(request.path_params["name"], settings)
+        return JSONResponse(model)
+
     async def health(request: Request) -> Response:
         _refuse_if_draining(request)
         return JSONResponse({"status": "ok"})
@@ -142,6 +156,7 @@ def _routes(chat: Chat, settings: Settings, metrics: Metrics) -> list[Route]:
         Route("/metrics", measured, methods=["GET"]),
         Route("/openapi.json", openapi, methods=["GET"]),
         Route("/v1/models", models, methods=["GET"]),
+        Route("/v1/models/{name:path}", one_model, methods=["GET"]),
         Route("/v1/chat/completions", answer, methods=["POST"]),
     ]
 
@@ -178,7 +193,7 @@ def _cors(settings: Settings) -> list[Middleware]:
 
 
 async def _error(request: Request, error: Exception) -> Response:
-    found = report(error)
+    found = api_error(error)
     return JSONResponse(found.body(), found.status, found.headers)
 
 

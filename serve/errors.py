@@ -10,8 +10,10 @@ _log = logging.getLogger(__name__)
 
 GONE = 499  # the client left before its answer; nobody reads this status but the metrics
 
-# A slash that begins a path: of two names at least, so that "image/png" and "</s>" are none.
-_PATH = re.compile(r"(?<![\w:/.<])(?:file:/{1,3}|~?/)[^\s/,;:'\"()]+(?:/[^\s/,;:'\"()]*)+")
+# A slash that begins a path: of two names at least, so that "image/png" and "</s>" are none. A space belongs to it
+# where the word behind it goes on with a slash.
+_NAME = r"(?:[^\s/,;:'\"()]|\s(?=[^\s/]+/))"
+_PATH = re.compile(rf"(?<![\w:/.<])(?:file:/{{1,3}}|~?/){_NAME}+(?:/{_NAME}*)+")
 
 
 class ApiError(Exception):
@@ -70,6 +72,11 @@ def report(error: Exception) -> ApiError:
 def closing() -> ApiError:
     """The answer of a server that ends what it has and takes nothing new."""
     return _retry(503, "the server is about to stop and takes no new requests", "closing", 5.0)
+
+
+def crowded() -> ApiError:
+    """The answer where more requests are open than the server holds."""
+    return _retry(429, "the server has as many requests open as it takes", "too_many_requests", 1.0)
 
 
 def without_paths(message: str) -> str:

@@ -125,5 +125,8 @@ class CountAnswers:
 
         try:
             await self.app(scope, receive, noting)
+        except Exception:
+            status = 500  # which an outer layer will answer with
+            raise
         finally:
             self.metrics.answered(scope["path"], status)

@@ -78,13 +78,8 @@ class ChatCall:
 def read_chat(value: Any, settings: Settings) -> ChatCall:
     """Check a body against the types and the server's limits. Raises ApiError naming the field."""
     body = _validated(value)
-    if body.model not in (None, settings.model_name):
-        raise ApiError(
-            f"there is no model of this name; this server has {settings.model_name}",
-            status=404,
-            param="model",
-            code="model_not_found",
-        )
+    if body.model is not None:
+        check_model(body.model, settings)
     pictures: list[Picture] = []
     messages = [_message(message, f"messages[{i}]", pictures) for i, message in enumerate(body.messages)]
     _check_count(pictures, settings)
@@ -99,6 +94,17 @@ def read_chat(value: Any, settings: Settings) -> ChatCall:
         body.max_pixels,
         pictures,
     )
+
+
+def check_model(name: str, settings: Settings) -> None:
+    """Raise ApiError (404) for another model than the server's."""
+    if name != settings.model_name:
+        raise ApiError(
+            f"there is no model of this name; this server has {settings.model_name}",
+            status=404,
+            param="model",
+            code="model_not_found",
+        )
 
 
 def _validated(value: Any) -> ChatBody:

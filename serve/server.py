@@ -1,16 +1,20 @@
 """The server's process: a socket, uvicorn, and an end in good order."""
 
+import asyncio
 import logging
 import socket
 import threading
 from types import FrameType
 
+import h11
 import uvicorn
 from starlette.applications import Starlette
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from ..errors import OneVisionError
 from ..runtime.scheduler import Scheduler
 
+_HEADER_SECONDS = 20  # for a request's first line and headers to arrive
 _CLOSING_SECONDS = 10  # for the last bytes to reach their clients, once nothing is computed any more
 
 _log = logging.getLogger(__name__)
@@ -28,6 +32,39 @@ def listening_socket(host: str, port: int) -> socket.socket:
         ) from None
 
 
+class BoundedProtocol(H11Protocol):
+    """HTTP/1.1 that closes a connection whose next request does not come within _HEADER_SECONDS of its beginning."""
+
+    _overdue: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        """Wait for the first request."""
+        super().connection_made(transport)
+        self._expect()
+
+    def data_received(self, data: bytes) -> None:
+        """Stop waiting once the headers are complete; begin with what follows them."""
+        super().data_received(data)
+        if self.conn.their_state is h11.IDLE:
+            self._expect()
+        else:
+            self._forget()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop waiting."""
+        self._forget()
+        super().connection_lost(exc)
+
+    def _expect(self) -> None:
+        if self._overdue is None:
+            self._overdue = self.loop.call_later(_HEADER_SECONDS, self.transport.close)
+
+    def _forget(self) -> None:
+        if self._overdue is not None:
+            self._overdue.cancel()
+            self._overdue = None
+
+
 class Server(uvicorn.Server):
     """uvicorn, except that the first signal ends it only when the requests in flight have their answers.
 
@@ -38,7 +75,7 @@ class Server(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 app,
-                http="h11",
+                http=BoundedProtocol,
                 ws="none",
                 log_level="warning",
                 access_log=False,

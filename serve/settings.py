@@ -20,6 +20,7 @@ class Settings:
     max_tokens: int = 4096  # that one answer may have, and the most where a request does not say
     max_choices: int = 8  # answers to one question
     max_body_bytes: int = 32_000_000
+    max_open: int = 128  # requests that are read or answered at once, as their bodies are held in memory
     body_seconds: float = 30.0  # for the body to arrive
     request_seconds: float = 600.0  # from the body to the last token, waiting included
     image_hosts: tuple[str, ...] = ()  # "name" or "name:port" from which images may be fetched; none: data URLs alone

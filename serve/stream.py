@@ -27,6 +27,7 @@ class Events:
         self._loop = asyncio.get_running_loop()
         self._arrived = asyncio.Queue[tuple[int, Event]]()
         self._tickets: list[Ticket] = []
+        self._is_kept = False
 
     def submit(self, requests: Sequence[ChatRequest]) -> None:
         """Hand all requests to the scheduler, or none: what it refuses takes those before it back."""
@@ -37,6 +38,16 @@ class Events:
         except Exception:
             self.cancel()
             raise
+
+    def kept(self) -> "Events":
+        """The same, now with a response that cancels it: `leave` has nothing to do any more."""
+        self._is_kept = True
+        return self
+
+    def leave(self) -> None:
+        """Give every request up, unless a response goes on with them."""
+        if not self._is_kept:
+            self.cancel()
 
     def cancel(self) -> None:
         """Give every request up; one that has ended is not touched by it."""
