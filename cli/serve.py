@@ -33,7 +33,7 @@ from .engines_option import engines_of
 @click.option(
     "--max-pixels",
     type=click.IntRange(1),
-    default=100_000_000,
+    default=80_000_000,
     show_default=True,
     help="Pixels of all images of a request, as they are sent; each is shrunk to what the model reads.",
 )

@@ -233,13 +233,13 @@ _OPTIONS = (
 
 
 def _format(asked: ResponseFormat | None) -> ResponseFormat | None:
-    if asked is None or asked.type == "text":
+    if asked is None:
         return None
     for kind in ("json_schema", "regex"):
         if (asked.type == kind) != (getattr(asked, kind) is not None):
             problem = "is missing" if asked.type == kind else f'does not go with the type "{asked.type}"'
             raise ApiError(f"response_format.{kind} {problem}", param=f"response_format.{kind}")
-    return asked
+    return None if asked.type == "text" else asked
 
 
 def texts(messages: Sequence[dict[str, Any]]) -> Iterator[tuple[str, str]]:

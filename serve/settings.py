@@ -16,7 +16,7 @@ class Settings:
     api_key: str | None = None  # what `Authorization: Bearer` must say; None: everybody may ask
     max_images: int = 16
     max_frames: int = 64  # of all its videos
-    max_pixels: int = 100_000_000  # of all its images and frames together, as their files' headers say
+    max_pixels: int = 80_000_000  # of all its images and frames together, as their files' headers say
     max_tokens: int = 4096  # that one answer may have, and the most where a request does not say
     max_choices: int = 8  # answers to one question
     max_body_bytes: int = 32_000_000

@@ -64,7 +64,7 @@ def _check(value: Any, check_text: bool) -> None:
     """Depth, and that every text can be written again."""
     level, depth = [value], 0
     while level:
-        if depth > MAX_DEPTH:
+        if depth >= MAX_DEPTH and any(isinstance(inner, dict | list) for inner in level):
             raise _refusal(f"it is nested deeper than {MAX_DEPTH} levels")
         for text in level if check_text else ():
             if isinstance(text, str) and not _is_unicode(text):

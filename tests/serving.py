@@ -2,6 +2,7 @@
 
 import base64
 import io
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,10 +21,12 @@ from onevision_edge.runtime.model import Generation
 from onevision_edge.runtime.scheduler import ChatRequest, Event, Finished, Piece, SchedulerStats
 from onevision_edge.runtime.tokenizer import Tokenizer
 from onevision_edge.serve.app import create_app
+from onevision_edge.serve.errors import ApiError
 from onevision_edge.serve.server import Server, listening_socket
 from onevision_edge.serve.settings import Settings
 
 CHECKPOINT = Path(onevision_edge.__file__).parent / "demo" / "checkpoint"
+EXAMPLES = int(os.environ.get("FUZZ_EXAMPLES", "200"))  # of every fuzz test
 IMAGES = Path(onevision_edge.__file__).parent / "demo" / "images"
 
 
@@ -117,6 +120,15 @@ def wait_for(condition: Callable[[], Any], seconds: float = 20.0) -> None:
     while not condition():
         assert time.monotonic() < until, "it does not come to that"
         time.sleep(0.01)
+
+
+def refused(action: Callable[[], Any]) -> ApiError | None:
+    """What an action is refused with, if it is."""
+    try:
+        action()
+    except ApiError as error:
+        return error
+    return None
 
 
 def data_url(image: str | bytes | tuple[int, int]) -> str:
