@@ -75,12 +75,12 @@ def _check_pixels(call: ChatCall, most: int) -> None:
 def _constraint(asked: ResponseFormat | None, model: Model) -> "Constraint | None":
     if asked is None:
         return None
-    from ..runtime.constraint import json_schema, regex
+    from ..runtime.constraint import json_object, json_schema, regex
 
     try:
-        if asked.type == "regex":
+        if asked.regex is not None:
             return regex(asked.regex, model)
-        return json_schema(asked.json_schema.schema_ if asked.json_schema else {"type": "object"}, model)
+        return json_object(model) if asked.json_schema is None else json_schema(asked.json_schema.schema_, model)
     except OneVisionError as error:
         raise ApiError(
             f"response_format: {without_paths(str(error))}", param="response_format", code="invalid_response_format"
