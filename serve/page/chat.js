@@ -7,7 +7,13 @@ let answering = null;   // the AbortController of the answer that is on its way
 let model = null;       // {name, limits}, once the server has told
 let following = true;   // the page stays at its end while an answer grows
 
-const say = (words) => { byId("announced").textContent = words; };
+// Words for a screen reader, taken away when they have been read out: they are on the page besides.
+let silence = 0;
+const say = (words) => {
+  byId("announced").textContent = words;
+  clearTimeout(silence);
+  silence = setTimeout(() => { byId("announced").textContent = ""; }, 5000);
+};
 const notice = (trouble, remedies) => byId("notice").replaceChildren(...(trouble ? troubleView(trouble, remedies).childNodes : []));
 
 // The server's model and limits; a notice where it does not tell.
@@ -40,6 +46,7 @@ const showComposer = () => {
   byId("editing").hidden = edited === null;
   byId("editing").firstElementChild.textContent = edited && `Question ${chat.indexOf(edited) + 1} is written anew; sending it removes what follows it.`;
   byId("greeting").hidden = chat.length > 0;
+  document.body.classList.toggle("empty", !chat.length);
   question.placeholder = chat.length || attached.length ? "Ask about the image" : "Add an image and ask, or just ask";
 };
 
@@ -50,7 +57,7 @@ const showAttached = () => {
       showAttached();
       (byId("attached").querySelectorAll(".remove")[Math.min(at, attached.length - 1)] ?? byId("add")).focus();
     }, { className: "remove", "aria-label": `Remove ${image.name}` });
-    return make("li", {}, pictureOf(image), make("span", { className: "name", title: image.name }, image.name), sizeOf(image), make("br"), remove);
+    return make("li", {}, pictureOf(image), make("span", { className: "name", title: image.name }, image.name), make("span", { title: image.from ?? "" }, sizeOf(image)), make("br"), remove);
   }));
   showComposer();
 };
@@ -134,6 +141,7 @@ const ask = async (turn) => {
   keepEnd();
   try {
     if (!model) await meet();
+    notice(null); // what is wrong with the server is said below the question
     await receive(turn, abort.signal);
     turn.state = "done";
   } catch (trouble) {
@@ -158,19 +166,26 @@ const cut = (from) => {
 
 const start = (text, images) => {
   const turn = { question: text, images, answer: "", state: "answering", started: performance.now() };
-  turn.view = turnView(turn, { again, edit, key: () => settings.open("key"), say });
+  turn.view = turnView(turn, { again, edit, key: enterKey, say });
   chat.push(turn);
   turns.append(turn.view.node);
   ask(turn);
 };
 
 const again = (turn) => {
-  if (answering) return;
+  stop();
   leaveEditing();
-  const from = chat.indexOf(turn);
-  cut(from);
-  question.focus({ preventScroll: true });
+  cut(chat.indexOf(turn));
   start(turn.question, turn.images);
+  chat.at(-1).view.asked.focus({ preventScroll: true });
+};
+
+// Opens the settings at the key; with another key, asks again.
+const enterKey = (turn) => {
+  const before = settings.read().key;
+  settings.open("key");
+  const closed = () => { if (settings.read().key !== before && chat.includes(turn)) again(turn); };
+  byId("settings").addEventListener("close", closed, { once: true });
 };
 
 const edit = (turn) => {
@@ -194,9 +209,12 @@ const leaveEditing = () => { if (edited) clear(); };
 
 const send = () => {
   const text = question.value.trim(), images = attached, fault = settings.fault();
-  if (!text || answering) return;
+  if (!text || (answering && !edited)) return;
   if (fault) { settings.open(fault.field.id); settings.close(); return; }
-  if (edited) cut(chat.indexOf(edited));
+  if (edited) {
+    stop();
+    cut(chat.indexOf(edited));
+  }
   clear();
   notice(null);
   start(text, images);

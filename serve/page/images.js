@@ -8,18 +8,21 @@ const dataUrl = (blob) => new Promise((resolve, reject) => {
   reader.readAsDataURL(blob);
 });
 
-const shrunk = async (bitmap, type, pixels) => {
-  const scale = Math.sqrt(pixels / (bitmap.width * bitmap.height));
+const LOSSLESS = ["image/png", "image/webp", "image/gif", "image/bmp"];
+const SENT = ["image/jpeg", ...LOSSLESS]; // others, as HEIC of a phone, go as JPEG: a server may not read them
+
+const redrawn = async (bitmap, type, pixels) => {
+  const scale = Math.min(1, Math.sqrt(pixels / (bitmap.width * bitmap.height)));
   const [width, height] = [bitmap.width, bitmap.height].map((side) => Math.max(1, Math.floor(side * scale)));
   const canvas = make("canvas", { width, height }), context = canvas.getContext("2d");
   context.imageSmoothingQuality = "high";
   context.drawImage(bitmap, 0, 0, width, height);
-  const kind = type === "image/jpeg" ? type : "image/png";
+  const kind = LOSSLESS.includes(type) ? "image/png" : "image/jpeg";
   const blob = await new Promise((resolve) => canvas.toBlob(resolve, kind, 0.95));
   return { blob, width, height };
 };
 
-// An image as it is sent: {name, width, height, from, url, data, tokens}; `from` is its size before it was made smaller.
+// An image as it is sent: {name, width, height, from, url, data, tokens}; `from` tells where it was made smaller.
 const readImage = async (file, limits) => {
   let bitmap;
   try {
@@ -28,13 +31,14 @@ const readImage = async (file, limits) => {
     throw new Trouble(`“${file.name}” is not an image that this browser can read.`, "edit");
   }
   const { width, height } = bitmap, most = limits.max_pixels ?? Infinity;
-  const kept = width * height <= most ? { blob: file, width, height } : await shrunk(bitmap, file.type, most);
+  const fits = width * height <= most && SENT.includes(file.type);
+  const kept = fits ? { blob: file, width, height } : await redrawn(bitmap, file.type, most);
   bitmap.close();
-  const from = kept.blob === file ? null : [width, height];
+  const from = kept.width === width && kept.height === height ? null : `made smaller from ${width} × ${height}`;
   return { name: file.name, ...kept, from, url: URL.createObjectURL(kept.blob), data: await dataUrl(kept.blob), tokens: null };
 };
 
-const sizeOf = (image) => `${image.width} × ${image.height}${image.from ? `, made smaller from ${image.from.join(" × ")}` : ""}`;
+const sizeOf = (image) => `${image.width} × ${image.height}`;
 
 // Gives each image its tokens, where they are certain: one image has them all; several have those of their sizes in
 // whole squares of FACTOR, if that adds up to what the server counted.
@@ -48,6 +52,6 @@ const shareTokens = (images, total) => {
 const pictureOf = (image, name = image.name) => button(make("img", { src: image.url, alt: name, width: image.width, height: image.height }), () => {
   const dialog = byId("picture");
   Object.assign(dialog.querySelector("img"), { src: image.url, alt: name });
-  dialog.querySelector("p").textContent = `${name}, ${sizeOf(image)}`;
+  dialog.querySelector("p").textContent = [name, sizeOf(image), image.from].filter(Boolean).join(", ");
   dialog.showModal();
 }, { className: "look", title: "Look at it larger" });

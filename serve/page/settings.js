@@ -40,11 +40,9 @@ const settings = {
 settings.restore();
 for (const id of Object.values(FIELDS)) byId(id).addEventListener("input", settings.keep);
 byId("open-settings").addEventListener("click", () => settings.open());
-byId("close-settings").addEventListener("click", settings.close);
+byId("fields").noValidate = true; // the page says in words what is wrong
+byId("fields").addEventListener("submit", (event) => { event.preventDefault(); settings.close(); });
 byId("settings").addEventListener("cancel", (event) => { event.preventDefault(); settings.close(); });
-byId("settings").addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && event.target.tagName === "INPUT") { event.preventDefault(); settings.close(); }
-});
 byId("close-picture").addEventListener("click", () => byId("picture").close());
 for (const dialog of [byId("settings"), byId("picture")]) {
   dialog.addEventListener("click", (event) => {

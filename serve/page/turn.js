@@ -3,7 +3,15 @@ const STAGES = [["queue", "s5"], ["preprocess", "s0"], ["vision_encoding", "s1"]
 
 const figureOf = (image) => {
   const tokens = image.tokens === null ? "" : `, ${counted(image.tokens, "token")}`;
-  return make("figure", {}, pictureOf(image), make("figcaption", {}, image.name, make("br"), sizeOf(image) + tokens));
+  const lines = [image.name, sizeOf(image) + tokens, image.from].filter(Boolean);
+  return make("figure", {}, pictureOf(image), make("figcaption", {}, ...lines.map((line) => make("div", {}, line))));
+};
+
+// The images of a turn; where their tokens are known together only, their sum.
+const figuresOf = (turn) => {
+  const together = turn.imageTokens > 0 && turn.images.length > 1 && turn.images[0].tokens === null;
+  const sum = together ? [make("p", { className: "note" }, `Together ${counted(turn.imageTokens, "token")}.`)] : [];
+  return [...turn.images.map(figureOf), ...sum];
 };
 
 // The tokens of an answer in words: the prompt's, those of images, those that a cache had; the answer's.
@@ -90,7 +98,7 @@ const turnView = (turn, actions) => {
     node.classList.toggle("streaming", answering);
     node.classList.toggle("out", !answering && !turn.answer);
     node.setAttribute("aria-busy", answering);
-    figures.replaceChildren(...turn.images.map(figureOf));
+    figures.replaceChildren(...figuresOf(turn));
     after.replaceChildren(...(answering ? [] : ending()));
   };
   update();
