@@ -20,7 +20,7 @@ def page_html() -> str:
 def csp() -> str:
     """The policy: its own style and script by their SHA-256 (CSP 3, 2.3.1), pictures at hand, requests to its server.
 
-    `require-trusted-types-for 'script'` with no policy allowed makes a browser refuse text as HTML anywhere in the page.
+    `require-trusted-types-for 'script'` with no policy allowed makes a browser refuse to read any text as HTML.
     """
     sources = f"style-src '{_digest(_style())}'; script-src '{_digest(_script())}'; img-src data: blob:"
     nothing = "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"

@@ -32,7 +32,7 @@ const stageView = (timings) => {
     part.style.flexGrow = timings[name];
     bar.append(part);
     const words = name.replaceAll("_", " ");
-    list.append(make("div", { className: kind }, make("dt", {}, words), make("dd", {}, duration(timings[name]))));
+    list.append(make("div", { className: kind }, make("dt", {}, words), " ", make("dd", {}, duration(timings[name]))));
   }
   return [bar, list];
 };

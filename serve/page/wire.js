@@ -21,7 +21,7 @@ const waiting = (value) => {
 
 const refusal = async (response, key) => {
   const body = await response.json().catch(() => null);
-  const said = typeof body?.error?.message === "string" ? sentence(body.error.message) : "";
+  const message = body?.error?.message, said = typeof message === "string" && message ? sentence(message) : "";
   const wait = waiting(response.headers.get("Retry-After"));
   switch (response.status) {
     case 401: return new Trouble(key ? "The server does not accept this API key." : "The server asks for an API key.", "key");
