@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator
+from time import perf_counter
 from typing import Any
 
 import pytest
@@ -74,9 +75,10 @@ def test_markdown_becomes_elements_and_everything_else_stays_text(opened: Open, 
 def test_strange_markdown_takes_no_time(opened: Open) -> None:
     reader = opened()
     for text in (">" * 5000, "**" * 5000, "- " * 3000, "`" * 5001, "|" * 5000 + "\n" + "|-" * 2500, "[" * 5000):
+        started = perf_counter()
         reader.ask("Show", Reply(pieces=(text,)))
+        assert perf_counter() - started < 3
         assert reader.tab.locator(".said .problem").count() == 0
-        assert float(reader.text(".measured b").split(" ")[0]) < 1000  # "12 ms", not seconds of them
 
 
 def test_text_as_html_is_refused_by_the_browser_itself(opened: Open) -> None:
