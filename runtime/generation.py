@@ -67,7 +67,8 @@ class Running:
     constraint: Constraint | None = None  # what its tokens have to follow, of which its sampler keeps count
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish_reason: str | None = None  # stop or length, once finished
+    finish_reason: str | None = None  # stop or length, once finished; fault
+    fault: OneVisionError | None = None  # why it could not go on, where others shall not suffer from it
     end_token_id: int | None = None  # the end token it produced, which is not part of the answer
     cached: int = 0  # rows of its cache that hold its tokens
     reused: int = 0  # of its prompt, those that the cache held before
