@@ -3,6 +3,7 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -15,7 +16,7 @@ from starlette.routing import Route
 from ..errors import OneVisionError
 from ..runtime.scheduler import Finished, Piece, Scheduler
 from .answers import Answer
-from .auth import Gate, page_policy
+from .auth import Gate
 from .body import read_body
 from .errors import GONE, ApiError, ClientGoneError, api_error, closing, crowded, report
 from .fetching import Fetcher
@@ -29,6 +30,8 @@ from .stream import Events, EventStream, chunks, while_connected
 from .strict_json import parse
 
 Indexed = tuple[int, Piece | Finished]
+
+_LIMITS = ("max_images", "max_frames", "max_pixels", "max_tokens", "max_choices", "max_body_bytes")
 
 
 def create_app(scheduler: Scheduler, settings: Settings | None = None) -> Starlette:
@@ -68,6 +71,17 @@ class Chat:
         self._tokenizer = tokenizer
         self._control = ControlTokens(tokenizer)
         self._open = 0
+
+    def card(self) -> dict[str, Any]:
+        """The model as /v1/models lists it, with this server's limits under a name that is not OpenAI's."""
+        limits = {name: getattr(self._settings, name) for name in _LIMITS}
+        return {
+            "id": self._settings.model_name,
+            "object": "model",
+            "created": int(time.time()),
+            "owned_by": "onevision-edge",
+            "onevision_edge": limits | {"context": self._scheduler.model.max_length},
+        }
 
     async def __call__(self, request: Request) -> Response:
         """Answer one body, whole or as a stream; whoever leaves early gives the question up."""
@@ -126,9 +140,7 @@ async def _from(first: Indexed, rest: AsyncIterator[Indexed]) -> AsyncIterator[I
 
 
 def _routes(chat: Chat, settings: Settings, metrics: Metrics) -> list[Route]:
-    started = int(time.time())
-    model = {"id": settings.model_name, "object": "model", "created": started, "owned_by": "onevision-edge"}
-    described = document(settings)
+    model, described = chat.card(), document(settings)
 
     async def models(request: Request) -> Response:
         return JSONResponse({"object": "list", "data": [model]})
@@ -162,16 +174,15 @@ def _routes(chat: Chat, settings: Settings, metrics: Metrics) -> list[Route]:
 
 
 async def _page(request: Request) -> Response:
-    from .page import page_html
+    from .page import csp, page_html
 
-    html = page_html()
     headers = {
-        "Content-Security-Policy": page_policy(html),
+        "Content-Security-Policy": csp(),
         "Referrer-Policy": "no-referrer",
         "X-Frame-Options": "DENY",
         "Cache-Control": "no-cache",
     }
-    return HTMLResponse(html, headers=headers)
+    return HTMLResponse(page_html(), headers=headers)
 
 
 def _refuse_if_draining(request: Request) -> None:

@@ -1,9 +1,7 @@
 """Who may ask: the key, the names that the server answers to, and the headers that keep browsers in bounds."""
 
-import base64
 import hashlib
 import hmac
-import re
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import JSONResponse
@@ -14,8 +12,6 @@ from .settings import Settings
 
 # What anybody may see: whether the server is up, its page (which asks for the key) and its description.
 OPEN_PATHS = ("/", "/health", "/openapi.json")
-
-_INLINE = re.compile(r"<(script|style)\b[^>]*>(.*?)</\1\s*>", re.DOTALL | re.IGNORECASE)
 
 
 class Gate:
@@ -54,20 +50,6 @@ class Gate:
         scheme, _, key = authorization.partition(" ")
         given = _digest(key.strip().encode("latin-1", "replace"))
         return hmac.compare_digest(given, self._key or b"") and scheme.lower() == "bearer"
-
-
-def page_policy(html: str) -> str:
-    """The Content-Security-Policy of a page: its own scripts and styles, by their hashes, and this server alone."""
-    hashes: dict[str, list[str]] = {"script": [], "style": []}
-    for kind, text in _INLINE.findall(html):
-        digest = base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
-        hashes[kind.lower()].append(f"'sha256-{digest}'")
-    sources = {kind: " ".join(found) or "'none'" for kind, found in hashes.items()}
-    return (
-        f"default-src 'none'; script-src {sources['script']}; style-src {sources['style']}; "
-        "img-src 'self' data: blob:; media-src data: blob:; connect-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-    )
 
 
 def _digest(key: bytes) -> bytes:

@@ -4,6 +4,11 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
+# An image of one black pixel.
+_PIXEL = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAAAAAA6fptVAAAACklEQVR4nGNgAAAAAgABSK+kcQAAAABJRU5ErkJggg=="
+)
+
 
 class Wire(BaseModel):
     """A JSON object of known names and strict types."""
@@ -21,7 +26,7 @@ class Text(Wire):
 class ImageUrl(Wire):
     """Where an image is: a data URL, or an address on a host that the server allows."""
 
-    url: Annotated[str, Field(min_length=1)]
+    url: Annotated[str, Field(min_length=1, examples=[_PIXEL])]
     detail: Literal["auto", "low", "high"] | None = None  # of no effect: max_pixels says how fine an image is read
 
 

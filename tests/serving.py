@@ -68,7 +68,7 @@ class ScriptedScheduler:
     go: threading.Event = field(default_factory=threading.Event)
     model: Any = field(
         default_factory=lambda: SimpleNamespace(
-            tokenizer=Tokenizer.from_directory(CHECKPOINT), processor=ImageProcessor()
+            tokenizer=Tokenizer.from_directory(CHECKPOINT), processor=ImageProcessor(), max_length=512
         )
     )
     stats: SchedulerStats = field(default_factory=lambda: SchedulerStats(running=1, waiting=2, slots=3, finished=4))

@@ -1,6 +1,9 @@
 """The server's answers over a scheduler that follows a script: shapes, streams, refusals, limits, who leaves."""
 
+import base64
+import hashlib
 import json
+import re
 import socket
 import threading
 import time
@@ -244,12 +247,32 @@ def test_cross_origin(scheduler: ScriptedScheduler) -> None:
 
 def test_small_addresses(client: TestClient) -> None:
     assert client.get("/health").json() == {"status": "ok"}
-    assert [model["id"] for model in client.get("/v1/models").json()["data"]] == ["onevision"]
+    (model,) = client.get("/v1/models").json()["data"]
+    assert model["id"] == "onevision"
+    assert model["onevision_edge"] == {
+        "max_images": 16,
+        "max_frames": 64,
+        "max_pixels": 80_000_000,
+        "max_tokens": 4096,
+        "max_choices": 8,
+        "max_body_bytes": 32_000_000,
+        "context": 512,
+    }
     assert client.get("/v1/models/onevision").json()["object"] == "model"
     assert error_of(client.get("/v1/models/a/b"))["code"] == "model_not_found"
     assert error_of(client.get("/v2"))["code"] == "not_found"
     assert error_of(client.get(CHAT))["code"] == "method_not_allowed"
     assert client.get("/health").headers["x-content-type-options"] == "nosniff"
+
+
+def test_page(client: TestClient) -> None:
+    response = client.get("/")
+    assert response.headers["content-type"] == "text/html; charset=utf-8"
+    policy = response.headers["content-security-policy"]
+    assert "default-src 'none'" in policy
+    assert "frame-ancestors 'none'" in policy
+    (script,) = re.findall(r"<script>(.*?)</script>", response.text, re.DOTALL)
+    assert base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() in policy
 
 
 def test_metrics(client: TestClient) -> None:
