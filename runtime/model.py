@@ -12,6 +12,7 @@ from ..engines.record import CPU
 from ..errors import OneVisionError
 from .backend import SessionOptions
 from .cache import Backend, PartBackends
+from .constraint import Constraint
 from .cpu_engine import CpuEngine, CpuOrPlain
 from .generation import Prompt, Running, Timings, TokenLogprob
 from .images import ImageProcessor
@@ -92,7 +93,8 @@ class Model(TokenModel):
 
         messages: [{"role": "user", "content": [{"type": "image", "image": ...}, {"type": "text", "text": ...}]}],
         the model card's; an image is a path, bytes, data URL, PIL image or array. Options are the fields of
-        SamplingParams, and min_pixels and max_pixels for this call. Returns a Generation, or a list of them.
+        SamplingParams, min_pixels and max_pixels for this call, and constraint, which every answer follows
+        (constraint.py). Returns a Generation, or a list of them.
         """
         batched = bool(messages) and isinstance(messages[0], list | tuple)
         conversations: Any = messages if batched else [messages]
@@ -113,10 +115,10 @@ class Model(TokenModel):
         """Pieces of every conversation's answer, with its index; each one's last piece carries the answer."""
         tokenizer = self._require_tokenizer()
         pixels = {name: options.pop(name, None) for name in ("min_pixels", "max_pixels")}
-        params = sampling_params(options)
+        constraint, params = options.pop("constraint", None), sampling_params(options)
         processor = self.processor.with_pixels(**pixels)
         prepared = [self.prepared(messages, processor) for messages in conversations]
-        batch = [self.sequence(p.prompt, params) for p in prepared]
+        batch = [self.sequence(p.prompt, params, constraint) for p in prepared]
         decoders = [StreamDecoder(tokenizer, params.stop) for _ in batch]
         shared = Timings()
         with self._loop(len(batch), prompts=[p.prompt.keys for p in prepared]) as loop:
@@ -147,9 +149,9 @@ class Model(TokenModel):
         found = features.values()
         return Prepared(stitched, sum(len(f.keys) for f in found), sum(f.cached for f in found), timings)
 
-    def sequence(self, prompt: Prompt, params: SamplingParams) -> Running:
-        """A sequence that has not begun."""
-        return self._sequence(prompt, params, self.eos_token_ids)
+    def sequence(self, prompt: Prompt, params: SamplingParams, constraint: Constraint | None = None) -> Running:
+        """A sequence that has not begun. constraint: what its answer follows, which stays as it is."""
+        return self._sequence(prompt, params, self.eos_token_ids, constraint)
 
     def _require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:

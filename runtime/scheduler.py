@@ -302,6 +302,9 @@ class Scheduler:
         assert sequence is not None
         assert decoder is not None
         assert ticket.prepared is not None
+        if sequence.fault is not None:
+            self._end(slot, Failed(sequence.fault))
+            return
         text, finished = advance(sequence, decoder), sequence.finish_reason is not None
         if finished:
             text += decoder.finish()

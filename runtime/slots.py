@@ -5,6 +5,7 @@ A slot keeps what its last sequence wrote, so that a prompt that begins as that 
 
 import numpy as np
 
+from ..errors import OneVisionError
 from .cache import Decoder
 from .generation import Running
 from .model import Model
@@ -56,7 +57,7 @@ class Slots:
         sequence.cached = start + len(part)
         if sequence.cached < len(embeds):
             return False
-        sequence.accept(sequence.sampler.sample(logits[0, 0]))
+        _choose(sequence, logits[0, 0])
         return True
 
     def decode(self, slots: list[int]) -> None:
@@ -72,7 +73,7 @@ class Slots:
         for i in slots:
             sequence = self.sequences[i]
             sequence.cached += 1
-            sequence.accept(sequence.sampler.sample(logits[i - first, 0]))
+            _choose(sequence, logits[i - first, 0])
 
     def _behind(self, slot: int) -> int:
         """The first row of a slot that holds nothing; the last one, given up, where all hold something."""
@@ -86,3 +87,11 @@ class Slots:
         if (first, last) not in self._decoders:
             self._decoders[first, last] = Decoder(self._graph, self._cache.rows(first, last), self._vocabulary)
         return self._decoders[first, last]
+
+
+def _choose(sequence: Running, logits: np.ndarray) -> None:
+    """The next token. A sequence that has none, as where its grammar became too complex, ends alone."""
+    try:
+        sequence.accept(sequence.sampler.sample(logits))
+    except OneVisionError as error:
+        sequence.fault, sequence.finish_reason = error, "fault"

@@ -13,6 +13,7 @@ from ..bundle import Bundle
 from ..errors import OneVisionError
 from ..precision import float32, from_float32
 from .cache import AnyGraph, Backend, Decoder, KVCache
+from .constraint import Constraint
 from .generation import Loop, Prompt, Running, Timings, new_sequence
 from .image_cache import ImageCache
 from .prefix import HeldCache, IdleCaches, Keys, text_keys
@@ -271,7 +272,9 @@ class TokenModel:
         check_counts(ids, token_id, int(encoder.tokens(grid).sum()), name)
         return encoder(pixels, grid)
 
-    def _sequence(self, prompt: Prompt, params: SamplingParams, eos: Sequence[int]) -> Running:
+    def _sequence(
+        self, prompt: Prompt, params: SamplingParams, eos: Sequence[int], constraint: Constraint | None = None
+    ) -> Running:
         return new_sequence(
             prompt,
             params,
@@ -279,6 +282,7 @@ class TokenModel:
             suppress=tuple(self._media_ids.values()),
             vocab_size=self.config.text.vocab_size,
             max_length=self.max_length,
+            constraint=constraint,
         )
 
     @contextmanager
