@@ -23,6 +23,6 @@ def compared(model: Model, replies: Sequence[Reply]) -> dict[str, Any]:
 def _is_same(model: Model, reply: Reply) -> bool:
     question = reply.question
     bound = json_schema(question.schema, model) if question.schema is not None else None
-    alone = model.generate(question.messages(), **question.options, constraint=bound)
+    alone = model.generate(question.messages(), max_tokens=question.max_tokens, constraint=bound)
     wanted = (alone.text, len(alone.token_ids), alone.finish_reason)
     return (reply.text, reply.tokens, reply.finish_reason) == wanted

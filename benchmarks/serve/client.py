@@ -12,6 +12,8 @@ import httpx
 from .questions import Question
 
 PATH = "/v1/chat/completions"
+FEW = 8  # tokens of which no time per token is made
+JSON = {"Content-Type": "application/json"}
 
 
 @dataclass(slots=True)
@@ -46,6 +48,15 @@ class Reply:
         return [later - earlier for earlier, later in zip(self.arrivals, self.arrivals[1:], strict=False)]
 
     @property
+    def per_token(self) -> float | None:
+        """Seconds a token from the first piece to the last; None for few tokens.
+
+        Single gaps say less: pieces of several steps may arrive in one packet.
+        """
+        later = self.tokens - 1
+        return (self.arrivals[-1] - self.arrivals[0]) / later if later >= FEW and self.arrivals else None
+
+    @property
     def tokens(self) -> int:
         """Of the answer, as the server counts them."""
         return int(self.usage.get("completion_tokens", 0))
@@ -71,7 +82,7 @@ async def ask(client: httpx.AsyncClient, question: Question, leave_after: int | 
     """Put a question. leave_after: pieces of text after which the client hangs up."""
     reply = Reply(question)
     try:
-        async with client.stream("POST", PATH, json=question.body()) as response:
+        async with client.stream("POST", PATH, content=question.sent, headers=JSON) as response:
             await _read(response, reply, leave_after)
     except (httpx.HTTPError, ValueError, KeyError) as error:
         reply.fault = f"{type(error).__name__}: {error}"

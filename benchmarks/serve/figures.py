@@ -19,10 +19,12 @@ def percentiles(seconds: Sequence[float]) -> dict[str, float]:
 
 
 def latency(replies: Sequence[Reply]) -> dict[str, Any]:
-    """Milliseconds to the first piece of text, and between pieces."""
+    """Milliseconds to the first piece of text, for each further token, and between pieces as they arrived."""
+    answered = [reply for reply in replies if reply.answered]
     return {
-        "first": percentiles([reply.first for reply in replies if reply.answered]),
-        "gap": percentiles([gap for reply in replies if reply.answered for gap in reply.gaps]),
+        "first": percentiles([reply.first for reply in answered]),
+        "token": percentiles([reply.per_token for reply in answered if reply.per_token is not None]),
+        "gap": percentiles([gap for reply in answered for gap in reply.gaps]),
     }
 
 

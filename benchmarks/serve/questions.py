@@ -16,22 +16,30 @@ import onevision_edge
 EVALUATION = Path(onevision_edge.__file__).parent / "demo" / "evaluation"
 DIGIT = {
     "type": "object",
-    "properties": {"colour": {"enum": ["red", "green", "blue"]}, "digit": {"type": "integer", "maximum": 9}},
+    "properties": {
+        "colour": {"enum": ["red", "green", "blue"]},
+        "digit": {"type": "integer", "minimum": 0, "maximum": 9},
+    },
     "required": ["colour", "digit"],
     "additionalProperties": False,
 }
-SCHEMA = {"type": "array", "items": DIGIT, "minItems": 4, "maxItems": 4}
+SHORT = {"type": "array", "items": DIGIT, "minItems": 4, "maxItems": 4}
+LONG = {"type": "array", "items": DIGIT, "minItems": 100}  # every token is text, and max_tokens are too few
 
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """One request: PNG images, text, and options of the API that are SamplingParams, too."""
+    """One request: PNG images, text, a limit and perhaps a schema. sent: the body, made before any clock runs."""
 
     kind: str
     images: list[bytes]
     prompt: str
-    options: dict[str, Any] = field(default_factory=lambda: {"max_tokens": 48})
+    max_tokens: int = 48
     schema: dict[str, Any] | None = None
+    sent: bytes = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sent", json.dumps(self.body()).encode())
 
     def urls(self) -> list[str]:
         """The images as data URLs."""
@@ -41,7 +49,7 @@ class Question:
         """What the API is sent: a stream with its usage."""
         images = [{"type": "image_url", "image_url": {"url": url}} for url in self.urls()]
         content = [*images, {"type": "text", "text": self.prompt}]
-        body = {"messages": [{"role": "user", "content": content}], **self.options}
+        body: dict[str, Any] = {"messages": [{"role": "user", "content": content}], "max_tokens": self.max_tokens}
         if self.schema is not None:
             body["response_format"] = {"type": "json_schema", "json_schema": {"name": "s", "schema": self.schema}}
         return {**body, "stream": True, "stream_options": {"include_usage": True}}
@@ -76,7 +84,7 @@ class Questions:
     def long(self, tokens: int = 64) -> Question:
         """One image, and an answer of so many tokens."""
         row = self._row(self._one)
-        return Question("long", [self._png(row["image"])], row["prompt"], {"max_tokens": tokens, "ignore_eos": True})
+        return Question("long", [self._png(row["image"])], row["prompt"], tokens, LONG)
 
     def _small(self) -> Question:
         row = self._row(self._one)
@@ -92,11 +100,11 @@ class Questions:
 
     def _text(self) -> Question:
         number = self._random.integers(10**6)
-        return Question("text alone", [], f"How many digits has {number}?", {"max_tokens": 24, "ignore_eos": True})
+        return Question("text alone", [], f"How many digits has {number}?", 24)
 
     def _structured(self) -> Question:
         row = self._row(self._one)
-        return Question("JSON", [self._png(row["image"])], row["prompt"], {"max_tokens": 200}, SCHEMA)
+        return Question("JSON", [self._png(row["image"])], row["prompt"], 200, SHORT)
 
     def _row(self, rows: list[dict[str, Any]]) -> dict[str, Any]:
         return rows[int(self._random.integers(len(rows)))]

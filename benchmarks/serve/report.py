@@ -20,6 +20,7 @@ def _load(found: dict[str, Any]) -> list[Row]:
     return [
         (name, f"{_outcome(found)}; {found['answers']:.1f} answers/s, {found['tokens']:.0f} tokens/s"),
         ("  first text", _times(found["first"])),
+        ("  each further token", _times(found["token"])),
         ("  between pieces", _times(found["gap"])),
         *((f"  {kind}: first text", _times(times["first"])) for kind, times in found["kinds"].items()),
     ]
@@ -42,7 +43,7 @@ def _memory(found: dict[str, Any]) -> list[Row]:
 
 
 def _leaving(found: dict[str, Any]) -> list[Row]:
-    cancelled = f"{found['left']} clients left, {found['cancelled']:.0f} cancelled"
+    cancelled = f"{found['left']} clients left, {found['cancelled']:.0f} answers given up"
     return [("clients that leave", f"{cancelled}, idle after {found['idle_after_seconds']:.2f} s; {_outcome(found)}")]
 
 

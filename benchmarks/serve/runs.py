@@ -97,8 +97,9 @@ async def leaving(server: ServerProcess, count: int, concurrency: int, seed: int
         await asyncio.gather(*(work() for _ in range(concurrency)))
         seconds = await _idle(server)
     stayed = [reply for reply, left in replies if not left]
+    gone = sum(left and not reply.done for reply, left in replies)
     cancelled = server.metrics()[CANCELLED] - before
-    record = {"left": count - len(stayed), "cancelled": cancelled, "idle_after_seconds": seconds, **outcome(stayed)}
+    record = {"left": gone, "cancelled": cancelled, "idle_after_seconds": seconds, **outcome(stayed)}
     return record, stayed
 
 
