@@ -10,10 +10,9 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
+import httpx2
 import pytest
 from PIL import Image
-
-httpx = pytest.importorskip("httpx", reason="the load runs ask with httpx: pip install 'onevision-edge[serve]'")
 
 FAKE = Path(__file__).parent / "load_fake.py"
 
@@ -156,15 +155,15 @@ def ask(part: Callable[[str], ModuleType], lines: list[str], leave_after: int | 
     async def said() -> Any:
         for line in lines:
             if line == "broken":
-                raise httpx.ReadError("gone")
+                raise httpx2.ReadError("gone")
             yield f"data: {line}\n\n".encode()
 
     async def asked() -> Any:
         content = response.get("content") or said()
-        transport = httpx.MockTransport(
-            lambda _: httpx.Response(**{"status_code": 200, **response, "content": content})
+        transport = httpx2.MockTransport(
+            lambda _: httpx2.Response(**{"status_code": 200, **response, "content": content})
         )
-        async with httpx.AsyncClient(transport=transport, base_url="http://fake") as client:
+        async with httpx2.AsyncClient(transport=transport, base_url="http://fake") as client:
             question = part("questions").Questions()._small()
             return await part("client").ask(client, question, leave_after)
 

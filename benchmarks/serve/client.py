@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Any
 
-import httpx
+import httpx2
 
 from .questions import Question
 
@@ -78,19 +78,19 @@ class Reply:
             self.finish_reason = choice["finish_reason"] or self.finish_reason
 
 
-async def ask(client: httpx.AsyncClient, question: Question, leave_after: int | None = None) -> Reply:
+async def ask(client: httpx2.AsyncClient, question: Question, leave_after: int | None = None) -> Reply:
     """Put a question. leave_after: pieces of text after which the client hangs up."""
     reply = Reply(question)
     try:
         async with client.stream("POST", PATH, content=question.sent, headers=JSON) as response:
             await _read(response, reply, leave_after)
-    except (httpx.HTTPError, ValueError, KeyError) as error:
+    except (httpx2.HTTPError, ValueError, KeyError) as error:
         reply.fault = f"{type(error).__name__}: {error}"
     reply.seconds = perf_counter() - reply.started
     return reply
 
 
-async def _read(response: httpx.Response, reply: Reply, leave_after: int | None) -> None:
+async def _read(response: httpx2.Response, reply: Reply, leave_after: int | None) -> None:
     reply.status, reply.retry_after = response.status_code, response.headers.get("retry-after")
     if reply.status != 200:
         reply.fault = json.loads(await response.aread())["error"]["message"]
@@ -103,7 +103,7 @@ async def _read(response: httpx.Response, reply: Reply, leave_after: int | None)
 
 
 async def ask_all(
-    client: httpx.AsyncClient, questions: Iterable[Question], concurrency: int, until: float | None = None
+    client: httpx2.AsyncClient, questions: Iterable[Question], concurrency: int, until: float | None = None
 ) -> list[Reply]:
     """Put questions, so many at a time, in their order. until: when to begin none any more (perf_counter)."""
     waiting, replies = iter(questions), list[Reply]()

@@ -11,7 +11,7 @@ from pathlib import Path
 from time import monotonic, sleep
 from types import TracebackType
 
-import httpx
+import httpx2
 import psutil
 
 ADDRESS = re.compile(r"http://[^\s()]+")
@@ -49,10 +49,10 @@ class ServerProcess:
             except subprocess.TimeoutExpired:
                 self._process.kill()
 
-    def client(self, connections: int = 1000) -> httpx.AsyncClient:
+    def client(self, connections: int = 1000) -> httpx2.AsyncClient:
         """A client of this server that waits as long as it takes."""
-        limits = httpx.Limits(max_connections=connections, max_keepalive_connections=connections)
-        return httpx.AsyncClient(base_url=self.address, timeout=600.0, limits=limits, trust_env=False)
+        limits = httpx2.Limits(max_connections=connections, max_keepalive_connections=connections)
+        return httpx2.AsyncClient(base_url=self.address, timeout=600.0, limits=limits, trust_env=False)
 
     def resident(self) -> int:
         """Bytes of memory that are resident now."""
@@ -68,7 +68,7 @@ class ServerProcess:
 
     def metrics(self) -> dict[str, float]:
         """Samples of /metrics without labels, by their names."""
-        text = httpx.get(f"{self.address}/metrics", timeout=10, trust_env=False).raise_for_status().text
+        text = httpx2.get(f"{self.address}/metrics", timeout=10, trust_env=False).raise_for_status().text
         return samples(text)
 
     def terminate(self) -> None:
@@ -94,9 +94,9 @@ class ServerProcess:
         self._found.wait(seconds)
         while self._process.poll() is None and self.address and monotonic() < ends:
             try:
-                if httpx.get(f"{self.address}/health", timeout=5, trust_env=False).status_code == 200:
+                if httpx2.get(f"{self.address}/health", timeout=5, trust_env=False).status_code == 200:
                     return
-            except httpx.TransportError:
+            except httpx2.TransportError:
                 sleep(0.05)
         raise RuntimeError("the server did not start: " + " / ".join(self.said))
 

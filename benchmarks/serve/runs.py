@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any
 
-import httpx
+import httpx2
 import numpy as np
 
 from .client import Reply, ask, ask_all
@@ -146,10 +146,10 @@ async def ending(server: ServerProcess, count: int, seed: int) -> tuple[Report, 
     return record, replies
 
 
-async def _status(client: httpx.AsyncClient, path: str) -> int:
+async def _status(client: httpx2.AsyncClient, path: str) -> int:
     try:
         return (await client.get(path)).status_code
-    except httpx.TransportError:
+    except httpx2.TransportError:
         return 0
 
 
