@@ -76,6 +76,7 @@ async def memory(server: ServerProcess, minutes: float, concurrency: int, seed: 
         **outcome(replies),
         "megabytes": {"begin": samples[0][1] / 1e6, "kept": kept[0][1] / 1e6, "end": samples[-1][1] / 1e6},
         "most_megabytes": max(one[1] for one in samples) / 1e6,
+        "samples": [[round(minute, 2), round(size / 1e6, 1)] for minute, size, *_ in samples[::10]],
         "megabytes_per_minute": steepness,
         "uncertainty": error,
         "open_files": {"begin": samples[0][2], "end": samples[-1][2]},
