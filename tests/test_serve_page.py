@@ -344,6 +344,7 @@ def test_the_keyboard_sends_breaks_lines_and_stops(opened: Open) -> None:
     reader.server.replies.append(Reply(pieces=("A ", "never"), held=threading.Event()))
     reader.tab.keyboard.press("Enter")
     reader.tab.wait_for_selector(".answer >> text=A")
+    assert reader.tab.input_value("#question") == ""
     reader.tab.keyboard.press("Escape")
     reader.settle()
     assert reader.text(".answer") == "A"

@@ -211,6 +211,7 @@ def test_a_new_chat_ends_the_answer_under_way(opened: Open) -> None:
     reader.press("New chat")
     assert reader.server.left.wait(5)
     assert reader.tab.locator(".turn").count() == 0
+    assert reader.text("#announced") == "A new chat."  # not that the other was stopped
     reader.ask("Two")
     assert reader.text(".answer") == "A photo of six digits."
     assert [message["content"] for message in reader.server.requests[1]["messages"]] == ["Two"]
