@@ -18,6 +18,7 @@ from .parity import parity
 from .quantize import quantize
 from .report import report
 from .run import chat, run
+from .serve import serve
 from .targets import targets
 
 
@@ -53,6 +54,7 @@ for command in (
     build,
     run,
     chat,
+    serve,
     inspect,
     verify,
     parity,

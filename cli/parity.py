@@ -62,6 +62,13 @@ _MARKS = {"PASS": "ok", "AMBIGUOUS": "~", "FAIL": "!!"}
 @click.option(
     "-o", "--output", type=click.Path(path_type=Path), help="Directory for parity.json, parity.md, index.html."
 )
+@click.option(
+    "--lmms-eval",
+    "lmms_eval",
+    type=click.Path(path_type=Path, file_okay=False),
+    metavar="DIR",
+    help="Write results and samples as lmms-eval does.",
+)
 @click.option("--overwrite", is_flag=True, help="Replace a stored reference.")
 @click.option("--json", "as_json", is_flag=True, help="Print the record.")
 def parity(
@@ -77,6 +84,7 @@ def parity(
     noise: bool,
     save_reference: Path | None,
     output: Path | None,
+    lmms_eval: Path | None,
     overwrite: bool,
     as_json: bool,
     memory: float | None,
@@ -109,6 +117,11 @@ def parity(
     if output is not None:
         write_parity(output, record)
         say(f"wrote {output}: parity.json, parity.md, index.html")
+    if lmms_eval is not None:
+        from ..report.parity.lmms_eval import write_lmms_eval
+
+        open_folder(lmms_eval)
+        say(f"wrote {lmms_eval}: {len(write_lmms_eval(record, lmms_eval))} files")
     if lines := failed_lines(record, strict):
         for line in lines:
             say(line)

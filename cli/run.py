@@ -12,6 +12,7 @@ from .console import print_json, say
 from .engines_option import engines_of
 
 if TYPE_CHECKING:
+    from ..runtime.constraint import Constraint
     from ..runtime.model import Generation, Model
 
 _LOAD = ("threads", "prefill_chunk", "prepack", "exact", "provider", "engines", "image_cache", "prefix_caches")
@@ -95,6 +96,8 @@ def _with_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.option("--prompt", required=True, help="The question; - reads it from stdin.")
 @click.option("--system", help="System message.")
 @click.option("--logprobs", type=click.IntRange(0), help="With --json: log-probabilities and this many alternatives.")
+@click.option("--json-schema", "schema", type=click.Path(path_type=Path), help="Answer in JSON that this file allows.")
+@click.option("--regex", "pattern", help="Answer what matches this from its beginning to its end.")
 @click.option("--json", "as_json", is_flag=True, help="Print answer, token ids, counts and timings as JSON.")
 @_with_options
 def run(
@@ -105,6 +108,8 @@ def run(
     fps: float | None,
     prompt: str,
     system: str | None,
+    schema: Path | None,
+    pattern: str | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -114,7 +119,10 @@ def run(
     """
     if frames is not None and fps is not None:
         raise click.UsageError("--frames and --fps exclude each other")
+    if schema is not None and pattern is not None:
+        raise click.UsageError("--json-schema and --regex exclude each other")
     model = _load(bundle, options)
+    options["constraint"] = _constraint(model, schema, pattern)
     if prompt == "-":
         prompt = sys.stdin.read().strip()
     messages = [{"role": "system", "content": system}] if system else []
@@ -179,6 +187,21 @@ def _load(bundle: Path, options: dict[str, Any]) -> "Model":
     return load(
         bundle, **{**chosen, "engines": engines_of(chosen["engines"]), "image_cache": chosen["image_cache"] * 1_000_000}
     )
+
+
+def _constraint(model: "Model", schema: Path | None, pattern: str | None) -> "Constraint | None":
+    """What the answer has to follow, if anything. Raises OneVisionError."""
+    from ..errors import OneVisionError
+    from ..runtime.constraint import json_schema, regex
+
+    if pattern is not None:
+        return regex(pattern, model)
+    if schema is None:
+        return None
+    try:
+        return json_schema(schema.read_text(encoding="utf-8"), model)
+    except (OSError, UnicodeDecodeError) as error:
+        raise OneVisionError(f"{schema} cannot be read: {error}") from None
 
 
 def _media(

@@ -65,13 +65,13 @@ class Checkpoint:
         self.name = name or directory.resolve().name
 
     @classmethod
-    def open(cls, source: str | os.PathLike[str]) -> "Checkpoint":
+    def open(cls, source: str | os.PathLike[str], code: bool = False) -> "Checkpoint":
         """Open a local directory, a hub id (with huggingface_hub installed), or "demo", the shipped one.
 
         A bundle is opened where it is in full precision. Raises OneVisionError for a missing or unsupported
         checkpoint and for broken safetensors.
         """
-        directory = locate(source)
+        directory = locate(source, code)
         if (directory / MANIFEST).is_file():
             return cls(*_bundle(directory))
         config = ModelConfig.from_checkpoint(directory)
@@ -128,8 +128,8 @@ class Checkpoint:
                 yield part
 
 
-def locate(source: str | os.PathLike[str]) -> Path:
-    """The local directory of a checkpoint named by path, hub id, or "demo"."""
+def locate(source: str | os.PathLike[str], code: bool = False) -> Path:
+    """The local directory of a checkpoint named by path, hub id, or "demo". code: fetch its modeling code, too."""
     path = Path(source)
     if source == "demo":  # whatever the working directory holds; ./demo is the way to say that one
         return Path(__file__).resolve().parent.parent / "demo" / "checkpoint"
@@ -138,7 +138,7 @@ def locate(source: str | os.PathLike[str]) -> Path:
     if path.is_file():
         raise OneVisionError(f"{path} is a file: give the checkpoint's directory, the one that holds config.json")
     if _looks_like_hub_id(str(source)):
-        return _download(str(source))
+        return _download(str(source), code)
     raise OneVisionError(f"{path} does not exist: give a checkpoint directory, a hub id (owner/name), or demo")
 
 
@@ -192,7 +192,7 @@ def _looks_like_hub_id(source: str) -> bool:
     return bool(owner and name) and "/" not in name and not source.startswith((".", "~"))
 
 
-def _download(hub_id: str) -> Path:
+def _download(hub_id: str, code: bool) -> Path:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
@@ -200,7 +200,8 @@ def _download(hub_id: str) -> Path:
             f"{hub_id} is not a local directory; to fetch it from the hub: pip install 'onevision-edge[hub]'"
         ) from None
     try:
-        return Path(snapshot_download(hub_id, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt"]))
+        kinds = ["*.json", "*.safetensors", "*.jinja", "*.txt", *(["*.py"] if code else [])]
+        return Path(snapshot_download(hub_id, allow_patterns=kinds))
     except Exception as error:
         first = str(error).strip().split("\n")[0]
         raise OneVisionError(

@@ -1,6 +1,7 @@
 """The KV cache and the decoder that updates it in place."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +20,18 @@ class Backend(Protocol):
 
     def open(self, bundle: Bundle, part: str) -> "AnyGraph":
         """The vision or decoder graph, loaded. Raises OneVisionError."""
+
+
+@dataclass(frozen=True, slots=True)
+class PartBackends:
+    """A backend of its own for some parts, and one for the others."""
+
+    parts: Mapping[str, Backend]
+    others: Backend
+
+    def open(self, bundle: Bundle, part: str) -> "AnyGraph":
+        """The vision or decoder graph, loaded. Raises OneVisionError."""
+        return self.parts.get(part, self.others).open(bundle, part)
 
 
 AnyGraph = Graph | CpuGraph | EngineGraph

@@ -9,7 +9,9 @@ from time import perf_counter
 
 import numpy as np
 
+from ..errors import OneVisionError
 from .cache import Rows
+from .constraint import Constraint
 from .prefix import HeldCache, Keys, shared, text_keys
 from .sampling import Sampled, Sampler, SamplingParams
 from .speculation import Drafting, Lookup, Match
@@ -62,9 +64,11 @@ class Running:
     eos_token_ids: frozenset[int]
     limit: int  # tokens it may generate
     lookup: Lookup | None  # where drafts come from, if any are wanted
+    constraint: Constraint | None = None  # what its tokens have to follow, of which its sampler keeps count
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish_reason: str | None = None  # stop or length, once finished
+    finish_reason: str | None = None  # stop or length, once finished; fault
+    fault: OneVisionError | None = None  # why it could not go on, where others shall not suffer from it
     end_token_id: int | None = None  # the end token it produced, which is not part of the answer
     cached: int = 0  # rows of its cache that hold its tokens
     reused: int = 0  # of its prompt, those that the cache held before
@@ -82,7 +86,7 @@ class Running:
         return self.token_ids[-1] if self.token_ids else 0
 
     def accept(self, sampled: Sampled) -> None:
-        """Take the next token; the sequence is finished by an end token or at its limit."""
+        """Take the next token; the sequence is finished by an end token, the end of its grammar, or at its limit."""
         if sampled.token_id in self.eos_token_ids:
             self.finish_reason, self.end_token_id = "stop", sampled.token_id
             return
@@ -91,7 +95,9 @@ class Running:
             self.lookup.push(sampled.token_id)
         if sampled.logprob is not None:
             self.logprobs.append(TokenLogprob(sampled.token_id, sampled.logprob, sampled.top or []))
-        if len(self.token_ids) >= self.limit:
+        if self.constraint is not None and self.constraint.ended:
+            self.finish_reason = "stop"
+        elif len(self.token_ids) >= self.limit:
             self.finish_reason = "length"
 
     def meets(self, draft: "Draft") -> bool:
@@ -201,7 +207,8 @@ class Loop:
 
     def _draft(self, sequence: Running, match: Match, count: int) -> list[int]:
         assert sequence.lookup is not None
-        return sequence.lookup.draft(match, min(count, sequence.limit - len(sequence.token_ids) - 1))
+        tokens = sequence.lookup.draft(match, min(count, sequence.limit - len(sequence.token_ids) - 1))
+        return tokens if sequence.constraint is None else tokens[: sequence.constraint.fitting(tokens)]
 
     def _decode(self, batch: Sequence[Running], drafts: dict[int, Draft], size: int) -> np.ndarray:
         """The newest token of every sequence and its draft, padded to `size` tokens: logits [batch, size, vocab].
@@ -234,13 +241,18 @@ def new_sequence(
     suppress: Sequence[int],
     vocab_size: int,
     max_length: int,
+    constraint: Constraint | None = None,
 ) -> Running:
     """A sequence ready to run. The token that no longer fits the cache is never asked for.
 
-    Generating n tokens writes n - 1 of them to the cache.
+    Generating n tokens writes n - 1 of them to the cache. constraint: stays as it is, the sequence goes on by a copy.
     """
-    sampler = Sampler(params, prompt.ids.tolist(), suppress, vocab_size)
+    if constraint is not None:
+        if params.ignore_eos:
+            raise OneVisionError("ignore_eos goes on behind an answer's end, which a constraint sets: leave one out")
+        constraint = constraint.copy()
+    sampler = Sampler(params, prompt.ids.tolist(), suppress, vocab_size, constraint)
     eos = frozenset() if params.ignore_eos else frozenset(eos_token_ids)
     limit = min(params.max_tokens, max_length - len(prompt.ids) + 1)
     lookup = None if params.speculate == 0 else Lookup(prompt.ids, limit, frozenset(suppress))
-    return Running(prompt, sampler, eos, limit, lookup)
+    return Running(prompt, sampler, eos, limit, lookup, constraint)

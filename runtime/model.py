@@ -11,11 +11,13 @@ from ..engines.cpu.record import has_engine
 from ..engines.record import CPU
 from ..errors import OneVisionError
 from .backend import SessionOptions
-from .cache import Backend
+from .cache import Backend, PartBackends
+from .constraint import Constraint
 from .cpu_engine import CpuEngine, CpuOrPlain
 from .generation import Prompt, Running, Timings, TokenLogprob
 from .images import ImageProcessor
 from .prompts import Messages, image_processor, optional_tokenizer, token_prompt
+from .sampling import SamplingParams
 from .token_model import (
     DEFAULT_IMAGE_CACHE,
     DEFAULT_PREFILL_CHUNK,
@@ -57,8 +59,8 @@ class Delta(str):
 
 
 @dataclass(frozen=True, slots=True)
-class _Prepared:
-    """One conversation, ready to run."""
+class Prepared:
+    """One conversation, ready to run. timings: of what was done so far."""
 
     prompt: Prompt
     image_tokens: int
@@ -91,7 +93,8 @@ class Model(TokenModel):
 
         messages: [{"role": "user", "content": [{"type": "image", "image": ...}, {"type": "text", "text": ...}]}],
         the model card's; an image is a path, bytes, data URL, PIL image or array. Options are the fields of
-        SamplingParams, and min_pixels and max_pixels for this call. Returns a Generation, or a list of them.
+        SamplingParams, min_pixels and max_pixels for this call, and constraint, which every answer follows
+        (constraint.py). Returns a Generation, or a list of them.
         """
         batched = bool(messages) and isinstance(messages[0], list | tuple)
         conversations: Any = messages if batched else [messages]
@@ -112,23 +115,28 @@ class Model(TokenModel):
         """Pieces of every conversation's answer, with its index; each one's last piece carries the answer."""
         tokenizer = self._require_tokenizer()
         pixels = {name: options.pop(name, None) for name in ("min_pixels", "max_pixels")}
-        params = sampling_params(options)
+        constraint, params = options.pop("constraint", None), sampling_params(options)
         processor = self.processor.with_pixels(**pixels)
-        prepared = [self._prepare(messages, tokenizer, processor) for messages in conversations]
-        batch = [self._sequence(p.prompt, params, self.eos_token_ids) for p in prepared]
+        prepared = [self.prepared(messages, processor) for messages in conversations]
+        batch = [self.sequence(p.prompt, params, constraint) for p in prepared]
         decoders = [StreamDecoder(tokenizer, params.stop) for _ in batch]
         shared = Timings()
         with self._loop(len(batch), prompts=[p.prompt.keys for p in prepared]) as loop:
             for advanced in loop.steps(batch, shared):
                 for i in advanced:
-                    piece = Delta(_advance(batch[i], decoders[i]))
+                    piece = Delta(advance(batch[i], decoders[i]))
                     if batch[i].finish_reason is not None:
                         piece = Delta(piece + decoders[i].finish())
-                        piece.generation = _generation(batch[i], decoders[i].text, prepared[i], shared)
+                        piece.generation = generation_of(batch[i], decoders[i].text, prepared[i], shared)
                     if piece or piece.generation:
                         yield i, piece
 
-    def _prepare(self, messages: Messages, tokenizer: Tokenizer, processor: ImageProcessor) -> _Prepared:
+    def prepared(self, messages: Messages, processor: ImageProcessor | None = None) -> Prepared:
+        """A conversation with its images encoded and stitched in. processor: another than the model's.
+
+        Raises OneVisionError. Threads may call it at the same time.
+        """
+        tokenizer, processor = self._require_tokenizer(), processor or self.processor
         timings, started = Timings(), perf_counter()
         prompt = token_prompt(messages, self.config, tokenizer, processor, self._images)
         self._check_length(len(prompt.ids))
@@ -139,7 +147,11 @@ class Model(TokenModel):
         stitched = self._stitched(prompt.ids, features)
         timings.prepare_embeddings = perf_counter() - started
         found = features.values()
-        return _Prepared(stitched, sum(len(f.keys) for f in found), sum(f.cached for f in found), timings)
+        return Prepared(stitched, sum(len(f.keys) for f in found), sum(f.cached for f in found), timings)
+
+    def sequence(self, prompt: Prompt, params: SamplingParams, constraint: Constraint | None = None) -> Running:
+        """A sequence that has not begun. constraint: what its answer follows, which stays as it is."""
+        return self._sequence(prompt, params, self.eos_token_ids, constraint)
 
     def _require_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
@@ -154,6 +166,7 @@ def load(
     bundle: str | os.PathLike[str],
     *,
     threads: int | None = None,
+    vision_threads: int | None = None,
     prepack: bool | None = None,
     exact: bool = False,
     prefill_chunk: int = DEFAULT_PREFILL_CHUNK,
@@ -169,6 +182,7 @@ def load(
     engines: a target that `onevision-edge build` was run for, or True for the one that this GPU runs; None: the one
     for the CPU where the bundle has it and this machine runs it, else, and for False, ONNX Runtime, to which prepack,
     exact and provider belong. provider: cpu, cuda or tensorrt-rtx. threads: of the CPU, None for one per physical core.
+    vision_threads: for the tower threads of its own, so many, which work beside the decoder's; None: the same ones.
     prepack: copy the weights into the layout the kernels like best; else they stay in the mapped file, which loads
     at once and takes half the memory; None: quantised ones alone. exact: activations of weight-only products stay
     floats, as on other engines; ONNX Runtime rounds them to INT8 otherwise, which is several times faster.
@@ -180,6 +194,8 @@ def load(
     opened = Bundle.open(bundle)
     runtime = SessionOptions(threads=threads, prepack=prepack, exact=exact, provider=provider)
     backend = _backend(opened, runtime, engines)
+    if vision_threads is not None:
+        backend = PartBackends({"vision": _backend(opened, replace(runtime, threads=vision_threads), engines)}, backend)
     return Model(opened, backend, prefill_chunk, min_pixels, max_pixels, image_cache, prefix_caches)
 
 
@@ -199,7 +215,7 @@ def _backend(bundle: Bundle, runtime: SessionOptions, engines: str | bool | None
     return Engines(None if engines is True else str(engines))
 
 
-def _advance(sequence: Running, decoder: StreamDecoder) -> str:
+def advance(sequence: Running, decoder: StreamDecoder) -> str:
     """Text that the sequence's newest token made final; a stop string ends the sequence."""
     if sequence.end_token_id is not None:
         return ""
@@ -209,7 +225,8 @@ def _advance(sequence: Running, decoder: StreamDecoder) -> str:
     return text
 
 
-def _generation(sequence: Running, text: str, prepared: _Prepared, shared: Timings) -> Generation:
+def generation_of(sequence: Running, text: str, prepared: Prepared, shared: Timings) -> Generation:
+    """The answer of a finished sequence. shared: times of prefill and decode."""
     return Generation(
         text=text,
         token_ids=sequence.token_ids,

@@ -1,8 +1,8 @@
 """From logits to the next token: penalties, temperature, top-k, top-p, min-p, log-probabilities.
 
-The steps and their order are those of Hugging Face `generate`: suppressed ids, penalties, temperature,
-top-k, top-p, min-p, draw. Presence and frequency penalties, which it lacks, follow the repetition penalty as
-in vLLM.
+The steps and their order are those of Hugging Face `generate`: suppressed ids and those a constraint does not
+allow, penalties, temperature, top-k, top-p, min-p, draw. Presence and frequency penalties, which it lacks, follow
+the repetition penalty as in vLLM.
 
 Microseconds per token on one EPYC core, numpy 2.4, 151,936 logits (`python benchmarks/sampling.py`):
 
@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..errors import OneVisionError
+from .constraint import Constraint
 
 _ROWS = 128  # the vocabulary is looked at as 128 rows: 20 us for the maxima of its columns
 _COLUMNS = 64  # of so few, the values are gathered; of more, the whole vocabulary is compared
@@ -124,7 +125,8 @@ class Sampled(NamedTuple):
     """A token, its log-probability and the likeliest tokens' (best first, ties by id), where asked for.
 
     Log-probabilities are the log-softmax of the model's logits without the suppressed ids, before penalties,
-    temperature and filters: what the model thought, not how it was sampled (as OpenAI and vLLM report them).
+    temperature and filters: what the model thought, not how it was sampled (as OpenAI and vLLM report them). Under a
+    constraint they are among the tokens that it allows, as in vLLM: a token that is the only one has 0.
     """
 
     token_id: int
@@ -137,13 +139,24 @@ class Sampler:
 
     `prompt_ids` count for the repetition penalty, `suppress` are ids never chosen (the image and video
     placeholders); ids outside the vocabulary (`vocab_size`) can be neither, and are passed over. The same
-    seed gives the same tokens: one random number is drawn per sampled token, none by greedy choice.
+    seed gives the same tokens: one random number is drawn per sampled token, none by greedy choice. `constraint`
+    is told of every token.
     """
 
     def __init__(
-        self, params: SamplingParams, prompt_ids: Sequence[int], suppress: Sequence[int], vocab_size: int
+        self,
+        params: SamplingParams,
+        prompt_ids: Sequence[int],
+        suppress: Sequence[int],
+        vocab_size: int,
+        constraint: Constraint | None = None,
     ) -> None:
-        self.params = params
+        if constraint is not None and constraint.vocab_size != vocab_size:
+            raise OneVisionError(
+                f"the constraint was made for a vocabulary of {constraint.vocab_size}, not of {vocab_size}: "
+                "make it with the model that it is used with"
+            )
+        self.params, self._constraint = params, constraint
         self.vocab_size = vocab_size
         self._random = np.random.Generator(np.random.PCG64(params.seed))
         self._suppress = self._inside(suppress)
@@ -165,6 +178,10 @@ class Sampler:
         if logits.shape != (self.vocab_size,):
             raise OneVisionError(f"logits have shape {list(logits.shape)}; expected [{self.vocab_size}]")
         greedy = self.params.temperature == 0
+        if self._constraint is not None:
+            sampled = self._sample_slowly(logits, greedy, self._constraint.allowed())
+            self._constraint.accept(sampled.token_id)
+            return sampled
         if self.params.logprobs is None and not self.params.penalised:
             token = int(logits.argmax())  # argmax stops at a NaN, so looking at the winner finds any
             if token not in self._never:
@@ -172,26 +189,30 @@ class Sampler:
                 return Sampled(token if greedy else self._draw(logits, peak))
         return self._sample_slowly(logits, greedy)
 
-    def _sample_slowly(self, logits: np.ndarray, greedy: bool) -> Sampled:
-        scores = logits.copy()
+    def _sample_slowly(self, logits: np.ndarray, greedy: bool, allowed: np.ndarray | None = None) -> Sampled:
+        """allowed: bool [vocab_size], the tokens to choose among; None: all but the suppressed."""
+        scores = logits.copy() if allowed is None else np.where(allowed, logits, np.float32(-np.inf))
         scores[self._suppress] = -np.inf
-        normaliser, top = self._logprobs(scores)
+        ids = None if allowed is None else np.flatnonzero(allowed)
+        normaliser, top = self._logprobs(scores, ids)
         if self.params.penalised:
             self._penalise(scores)
         peak = _check_peak(scores.max())
-        token = int(scores.argmax()) if greedy else self._draw(scores, peak)
+        token = int(scores.argmax()) if greedy else self._draw(scores, peak, ids)
         if self.params.penalised:
             self._remember(token)
         logprob = None if normaliser is None else float(logits[token]) - normaliser
         return Sampled(token, logprob, top)
 
-    def _logprobs(self, scores: np.ndarray) -> tuple[float | None, list[tuple[int, float]] | None]:
+    def _logprobs(
+        self, scores: np.ndarray, allowed: np.ndarray | None
+    ) -> tuple[float | None, list[tuple[int, float]] | None]:
         """The log of the softmax's denominator, and the likeliest ids with their log-probabilities."""
         if self.params.logprobs is None:
             return None, None
         peak = _check_peak(scores.max())
         normaliser = peak + math.log(_weights(scores, peak, 1.0).sum())
-        ids = _best(scores, self.params.logprobs)[: self.params.logprobs]
+        ids = _best_of(scores, self.params.logprobs, allowed)[: self.params.logprobs]
         return normaliser, [(int(i), float(scores[i]) - normaliser) for i in ids if scores[i] > -np.inf]
 
     def _penalise(self, scores: np.ndarray) -> None:
@@ -213,15 +234,16 @@ class Sampler:
                 self._seen = np.append(self._seen, token)
         self._counts[token] += 1
 
-    def _draw(self, scores: np.ndarray, peak: float) -> int:
+    def _draw(self, scores: np.ndarray, peak: float, allowed: np.ndarray | None = None) -> int:
         """Draw from softmax(scores / temperature) after the filters. The best token has weight 1.
 
-        `peak` is the best score that is not suppressed; those that are need not be below it.
+        `peak` is the best score that is not suppressed; those that are need not be below it. allowed: ascending ids
+        to draw among, of which the suppressed have scores of minus infinity; None: all.
         """
         params = self.params
-        ids = None
+        ids = allowed
         if 0 < params.top_k < self.vocab_size:
-            ids = _best(scores, params.top_k, self._suppress)
+            ids = _best(scores, params.top_k, self._suppress) if ids is None else _best_of(scores, params.top_k, ids)
         weights = _weights(scores if ids is None else scores[ids], peak, params.temperature)
         if ids is None:
             weights[self._suppress] = 0
@@ -288,6 +310,11 @@ def _best(values: np.ndarray, k: int, without: np.ndarray | tuple[()] = ()) -> n
         ids = ids[ids != passed]
     ids = ids[np.argsort(-values[ids], kind="stable")]
     return ids[values[ids] >= values[ids[min(k, ids.size) - 1]]]
+
+
+def _best_of(values: np.ndarray, k: int, ids: np.ndarray | None) -> np.ndarray:
+    """Those of `ids`, which ascend, with the k largest `values`, as `_best` has them; None: of all."""
+    return _best(values, k) if ids is None else ids[_best(values[ids], k)]
 
 
 def _nucleus(weights: np.ndarray, top_p: float) -> np.ndarray:

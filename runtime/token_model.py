@@ -13,6 +13,7 @@ from ..bundle import Bundle
 from ..errors import OneVisionError
 from ..precision import float32, from_float32
 from .cache import AnyGraph, Backend, Decoder, KVCache
+from .constraint import Constraint
 from .generation import Loop, Prompt, Running, Timings, new_sequence
 from .image_cache import ImageCache
 from .prefix import HeldCache, IdleCaches, Keys, text_keys
@@ -271,7 +272,9 @@ class TokenModel:
         check_counts(ids, token_id, int(encoder.tokens(grid).sum()), name)
         return encoder(pixels, grid)
 
-    def _sequence(self, prompt: Prompt, params: SamplingParams, eos: Sequence[int]) -> Running:
+    def _sequence(
+        self, prompt: Prompt, params: SamplingParams, eos: Sequence[int], constraint: Constraint | None = None
+    ) -> Running:
         return new_sequence(
             prompt,
             params,
@@ -279,6 +282,7 @@ class TokenModel:
             suppress=tuple(self._media_ids.values()),
             vocab_size=self.config.text.vocab_size,
             max_length=self.max_length,
+            constraint=constraint,
         )
 
     @contextmanager
@@ -295,9 +299,22 @@ class TokenModel:
         finally:
             self._idle.give(replace(held, keys=loop.keys()))
 
+    def new_cache(self, batch: int) -> KVCache:
+        """A KV cache for so many sequences, empty. Raises OneVisionError where the engine takes fewer."""
+        graph = self._decoder_graph()
+        graph.check_batch(batch)
+        return KVCache(self.config.text, self._cache_rows, batch, graph.cache_dtype, graph.zeros)
+
+    @property
+    def table(self) -> EmbeddingTable:
+        """Embeddings of text tokens. Raises OneVisionError where the bundle has no decoder."""
+        self.bundle.graph("decoder")
+        assert self._table is not None
+        return self._table
+
     def _new_cache(self, graph: AnyGraph, batch: int) -> HeldCache:
         """A decoder for the whole batch and, where it has several sequences, one for each."""
-        cache = KVCache(self.config.text, self._cache_rows, batch, graph.cache_dtype, graph.zeros)
+        cache = self.new_cache(batch)
         views = [cache.rows(i, i + 1) for i in range(batch)] if batch > 1 else []
         decoder, *others = (Decoder(graph, c, self.config.text.vocab_size) for c in (cache, *views))
         return HeldCache(decoder, others or [decoder])

@@ -85,6 +85,10 @@ class Tokenizer:
         """The token of this id, or None."""
         return self._backend.id_to_token(token_id)
 
+    def to_json(self) -> str:
+        """The vocabulary as a tokenizer.json has it, with the added tokens of the files beside it."""
+        return self._backend.to_str()
+
     def has_text(self, token_id: int, skip_special_tokens: bool = True) -> bool:
         """Whether `decode` makes anything of this id: it has a token, and not one that is skipped."""
         if skip_special_tokens and token_id in self.special_ids:

@@ -120,7 +120,7 @@ def test_rows_are_those_the_model_runs(preparer: Preparer, tmp_path: Path) -> No
         raw = json.loads(SHIPPED_EVALUATION.read_text(encoding="utf-8").splitlines()[number])
         paths = [SHIPPED_EVALUATION.parent / name for name in raw.get("images") or [raw["image"]]]
         items = [*({"type": "image", "image": p} for p in paths), {"type": "text", "text": raw["prompt"]}]
-        prepared = model._prepare([{"role": "user", "content": items}], model.tokenizer, model.processor)  # type: ignore[arg-type]
+        prepared = model.prepared([{"role": "user", "content": items}])
         row = load_dataset(SHIPPED_EVALUATION, of_bundle)[number]
         assert same(row, load_dataset(SHIPPED_EVALUATION, preparer)[number])
         assert row.input_ids[: row.answer_start].tolist() == prepared.prompt.ids.tolist()

@@ -424,3 +424,25 @@ def test_arrays_that_lie_on_the_device_are_bound_where_they_lie(
 def test_what_is_not_here_is_said(bundle: Callable[[str], Path], options: dict[str, Any], message: str) -> None:
     with pytest.raises(OneVisionError, match=message):
         onevision_edge.load(bundle("fp16"), **options)
+
+
+def test_engines_are_compared_at_the_ends_of_their_graphs(
+    bundle: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from onevision_edge.report.parity import sides
+    from onevision_edge.report.parity.comparison import Plan as ParityPlan
+    from onevision_edge.report.parity.comparison import compare, record_reference
+    from onevision_edge.report.parity.gates import load_gates
+
+    path, plan = bundle("fp32"), ParityPlan(samples=2, walked=1, max_tokens=4, examples=0, noise=False)
+    recording = record_reference(sides.BundleSide(path, threads=1), plan, tmp_path)
+    monkeypatch.setattr(sides, "load", lambda *_, **__: Model(Bundle.open(path), Interpreted()))
+    engines = sides.BundleSide(path, engines="sm86")
+    assert engines.subject.backend == "tensorrt"
+    found = compare(engines, recording, plan, load_gates())
+    stages = {stage["stage"]: stage for stage in found["stages"]}
+    assert list(stages) == ["preprocess", "merger", "stitched_embeddings", "logits", "tokens"]
+    assert (found["verdict"], found["first_failed_stage"]) == ("PASS", None)
+    assert 0 < stages["merger"]["error"]["relative_l2"] < 1e-5
+    assert 0 < stages["logits"]["error"]["relative_l2"] < 1e-5
+    assert stages["logits"]["own"] is None

@@ -55,7 +55,7 @@ def test_every_spelling_of_an_image_gives_the_same_answer(model: Model) -> None:
 def test_images_stand_where_the_message_put_them(model: Model) -> None:
     """Each placeholder run has its own image's length, in order, with the text between."""
     content = user("first", LARGE, "then", SMALL, "which?")
-    prepared = model._prepare(content, model.tokenizer, model.processor)  # type: ignore[arg-type]
+    prepared = model.prepared(content)
     runs = np.flatnonzero(np.diff(np.r_[0, prepared.prompt.ids == model.config.image_token_id, 0]))
     lengths = (runs[1::2] - runs[::2]).tolist()
     tokens = [int(np.prod(model.processor([path])[1])) // 4 for path in (LARGE, SMALL)]
@@ -160,7 +160,7 @@ def test_logprobs_are_those_of_the_logits(model: Model) -> None:
     answer = model.generate(user("How many digits are there?"), max_tokens=3, logprobs=3)
     assert answer.logprobs is not None
     first = answer.logprobs[0]
-    ids = model._prepare(user("How many digits are there?"), model.tokenizer, model.processor).prompt.ids  # type: ignore[arg-type]
+    ids = model.prepared(user("How many digits are there?")).prompt.ids
     logits = model.logits(ids[None])[0, -1].astype(np.float64)
     logits[[model.config.image_token_id, model.config.video_token_id]] = -math.inf
     exact = logits - np.log(np.exp(logits - logits.max()).sum()) - logits.max()

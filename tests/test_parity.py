@@ -117,6 +117,18 @@ def test_a_stored_reference_that_was_cut_short_is_refused(stored: Path, fp16: Pa
     assert "is not what this version writes" in run("parity", fp16, "--reference", broken, *SMALL).output
 
 
+def test_results_as_lmms_eval_writes_them(fp16: Path, tmp_path: Path) -> None:
+    done = run("parity", fp16, *SMALL, "--lmms-eval", tmp_path / "out")
+    assert done.exit_code == 0, done.output
+    found = {json.loads(path.read_text())["model_name"]: path for path in tmp_path.rglob("*_results.json")}
+    assert len(found) == 2
+    samples = [
+        json.loads(line) for path in tmp_path.rglob("*_samples_*.jsonl") for line in path.read_text().splitlines()
+    ]
+    assert len(samples) == 6
+    assert {"doc_id", "target", "filtered_resps"} <= set(samples[0])
+
+
 def test_other_data_than_the_stored_is_refused(fp16: Path, stored: Path) -> None:
     done = run("parity", fp16, "--reference", stored, "--data", "synthetic:3", *SMALL[2:])
     assert done.exit_code == 1

@@ -214,7 +214,7 @@ def test_the_chat_reports_drafts_and_stops_inside_one(
     options: dict[str, Any] = {"max_tokens": 24, "ignore_eos": True}
     plain = model.generate(asked, speculate=0, **options)
     assert (plain.drafted_tokens, plain.accepted_tokens) == (0, 0)
-    ids = model._prepare(asked, model.tokenizer, model.processor).prompt.ids  # type: ignore[arg-type]
+    ids = model.prepared(asked).prompt.ids
     with oracle(monkeypatch, [(ids, plain.token_ids)], 0.0):
         drafted = model.generate(asked, speculate=6, **options)
     assert drafted.token_ids == plain.token_ids

@@ -131,7 +131,7 @@ def open_transformers(
 
     if threads is not None:
         torch.set_num_threads(threads)
-    filling = Filling(Checkpoint.open(checkpoint), DTYPES[dtype])
+    filling = Filling(Checkpoint.open(checkpoint, trust_remote_code), DTYPES[dtype])
     config = filling.checkpoint.config
     tower = RemoteTower.filled(config.vision, filling) if trust_remote_code else None
     decoder = TorchDecoder.filled(config.text, filling)

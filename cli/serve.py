@@ -1,0 +1,128 @@
+"""onevision-edge serve"""
+
+import ipaddress
+from pathlib import Path
+from typing import Any
+
+import click
+
+from .console import say
+from .engines_option import engines_of
+
+
+@click.command()
+@click.argument("bundle", type=click.Path(path_type=Path))
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", type=click.IntRange(0, 65535), default=8000, show_default=True, help="0: any that is free.")
+@click.option(
+    "--api-key",
+    envvar="ONEVISION_EDGE_API_KEY",
+    show_envvar=True,
+    metavar="KEY",
+    help="What clients must send as Authorization: Bearer KEY. Prefer the variable: others can see options.",
+)
+@click.option("--model-name", metavar="NAME", help="What clients call the model.  [default: the bundle's directory]")
+@click.option("--slots", type=click.IntRange(1), default=8, show_default=True, help="Answers generated at once.")
+@click.option("--queue", type=click.IntRange(1), default=64, show_default=True, help="Requests that may wait.")
+@click.option("--threads", type=click.IntRange(1), help="Threads per operator; one per physical core if not given.")
+@click.option(
+    "--engines",
+    metavar="TARGET",
+    help="Run engines as built for TARGET; auto: those for this GPU; none: ONNX Runtime.  [default: cpu, if built]",
+)
+@click.option(
+    "--max-pixels",
+    type=click.IntRange(1),
+    default=80_000_000,
+    show_default=True,
+    help="Pixels of all images of a request, as they are sent; each is shrunk to what the model reads.",
+)
+@click.option("--max-images", type=click.IntRange(1), default=16, show_default=True, help="Images of a request.")
+@click.option("--max-tokens", type=click.IntRange(1), default=4096, show_default=True, help="Longest answer.")
+@click.option("--max-body-mb", type=click.IntRange(1), default=32, show_default=True, help="Largest request.")
+@click.option(
+    "--request-seconds", type=click.FloatRange(0, min_open=True), default=600.0, show_default=True, help="Longest wait."
+)
+@click.option(
+    "--allow-image-host",
+    "image_hosts",
+    multiple=True,
+    metavar="HOST[:PORT]",
+    help="Fetch images from this host of the internet; may be repeated.  [default: data URLs alone]",
+)
+@click.option(
+    "--cors-origin",
+    "cors_origins",
+    multiple=True,
+    metavar="ORIGIN",
+    help="Answer to pages of this origin, such as https://example.org; may be repeated.  [default: none]",
+)
+def serve(
+    bundle: Path,
+    host: str,
+    port: int,
+    slots: int,
+    queue: int,
+    threads: int | None,
+    engines: str | None,
+    **options: Any,
+) -> None:
+    """Answer over HTTP, as OpenAI's API does, with a page to try it at /.
+
+    SIGTERM or Ctrl-C: requests in flight are answered, new ones refused; a second one ends at once.
+    """
+    from ..errors import OneVisionError
+
+    try:
+        import prometheus_client  # noqa: F401
+        import pydantic  # noqa: F401
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise OneVisionError(f"serve needs {error.name}: pip install 'onevision-edge[serve]'") from None
+    from ..runtime.model import load
+    from ..runtime.scheduler import Scheduler
+    from ..serve.app import create_app
+    from ..serve.server import Server, listening_socket
+
+    settings = _settings(bundle, host, options)
+    with listening_socket(host, port) as listening:
+        model = load(
+            bundle.resolve(), threads=threads, engines=engines_of(engines), prefix_caches=0
+        )  # slots keep their own
+        scheduler = Scheduler(model, slots=slots, queue=queue)
+        server = Server(create_app(scheduler, settings), scheduler, settings.request_seconds)
+        scheduler.start()
+        try:
+            say(f"{settings.model_name} at {_address(listening)} (Ctrl-C ends it)")
+            server.run(sockets=[listening])
+        finally:
+            scheduler.stop()
+
+
+def _settings(bundle: Path, host: str, options: dict[str, Any]) -> Any:
+    from ..serve.settings import Settings
+
+    options = dict(options)
+    model_name = options.pop("model_name") or bundle.resolve().name
+    local = _is_loopback(host)
+    if not local and options["api_key"] is None:
+        say(f"Warning: {host} can be reached from other machines, and without --api-key anybody there may ask.")
+    return Settings(
+        model_name=model_name,
+        max_body_bytes=options.pop("max_body_mb") * 1_000_000,
+        server_names=("localhost", "127.0.0.1", "::1", host) if local and options["api_key"] is None else (),
+        **options,
+    )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def _address(listening: Any) -> str:
+    host, port = listening.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

@@ -1,0 +1,1 @@
+"""The bundle behind HTTP, in the shape of OpenAI's API."""
