@@ -141,7 +141,7 @@ def test_the_page_follows_the_answer_until_the_reader_scrolls_back(opened: Open)
         (Reply(status=400, message="the prompt is too long"), "the prompt is too long.", "Edit the question"),
         (
             Reply(status=413, message=""),
-            "The images are too large for the server: take fewer or smaller ones.",
+            "The images are together larger than the server takes: take fewer or smaller ones.",
             "Edit the question",
         ),
         (Reply(status=429, message="full"), "The server is busy and its queue is full.", "Ask again"),

@@ -68,13 +68,13 @@ const attach = async (files) => {
   for (const file of files) {
     const most = model?.limits.max_images ?? Infinity;
     const before = edited ? chat.slice(0, chat.indexOf(edited)) : chat;
-    const held = attached.length + before.filter((turn) => turn.answer).reduce((sum, turn) => sum + turn.images.length, 0);
-    if (held >= most) {
+    const held = [...before.filter((turn) => turn.answer).flatMap((turn) => turn.images), ...attached];
+    if (held.length >= most) {
       notice(new Trouble(`A conversation takes ${counted(most, "image")} on this server.`, "edit"), { edit: () => { notice(null); question.focus(); } });
       break;
     }
     try {
-      attached.push(await readImage(file, model?.limits ?? {}));
+      attached.push(await readImage(file, roomOf(held, model?.limits ?? {})));
     } catch (trouble) {
       notice(trouble, { edit: () => { notice(null); byId("files").click(); } });
     }

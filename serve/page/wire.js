@@ -25,7 +25,7 @@ const refusal = async (response, key) => {
   const wait = waiting(response.headers.get("Retry-After"));
   switch (response.status) {
     case 401: return new Trouble(key ? "The server does not accept this API key." : "The server asks for an API key.", "key");
-    case 413: return new Trouble(said || "The images are too large for the server: take fewer or smaller ones.", "edit");
+    case 413: return new Trouble("The images are together larger than the server takes: take fewer or smaller ones.", "edit");
     case 429: return new Trouble("The server is busy and its queue is full.", "again", wait);
     case 503: return new Trouble("The server takes no new questions now: it is closing or starting.", "again", wait);
   }
