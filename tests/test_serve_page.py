@@ -166,7 +166,7 @@ def test_images_stay_within_what_a_request_may_hold(opened: Any, tmp_path: Path)
     assert 100_000 < len(json.dumps(body)) < 200_000  # no smaller than it must be
     reader.tab.set_input_files("#files", [SMALL["first"]])
     reader.tab.wait_for_selector("#notice button")
-    assert reader.text("#notice").startswith("The images of this chat are together as large as the server takes")
+    assert reader.text("#notice").startswith("The images are together as large as the server takes: ")
     assert reader.tab.locator("#attached li").count() == 0
 
 
@@ -213,6 +213,9 @@ def test_images_are_removed_counted_and_refused(opened: Open, tmp_path: Path) ->
     reader.tab.set_input_files("#files", [str(other)])
     reader.tab.wait_for_selector("#notice >> text=words.png")
     assert reader.text("#notice").startswith("“words.png” is not an image that this browser can read.")
+    reader.press("Close")
+    assert reader.text("#notice") == ""
+    assert reader.focused() == "question"
 
 
 def test_an_image_is_looked_at_larger(opened: Open) -> None:

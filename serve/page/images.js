@@ -35,13 +35,13 @@ const dataBytes = (blob) => 4 * Math.ceil(blob.size / 3) + 100; // in base64, an
 // An image as it is sent: {name, width, height, from, url, data, tokens}; `from` tells where it was made smaller.
 const readImage = async (file, room) => {
   if (room.pixels < LEAST_PIXELS || room.bytes < LEAST_BYTES) {
-    throw new Trouble("The images of this chat are together as large as the server takes: begin a new one for more.", "edit");
+    throw new Trouble("The images are together as large as the server takes: remove one, or begin a new chat.", "close");
   }
   let bitmap;
   try {
     bitmap = await createImageBitmap(file);
   } catch {
-    throw new Trouble(`“${file.name}” is not an image that this browser can read.`, "edit");
+    throw new Trouble(`“${file.name}” is not an image that this browser can read.`, "close");
   }
   const { width, height } = bitmap, fits = width * height <= room.pixels && SENT.includes(file.type);
   let kept = fits ? { blob: file, width, height } : await redrawn(bitmap, file.type, room.pixels);

@@ -1,6 +1,6 @@
 // What goes to the server and what comes back.
 
-// What went wrong, in one sentence; `remedy` is what the reader can do: "again", "key", "edit"; `wait` in seconds.
+// What went wrong, in one sentence; `remedy` is what the reader can do: "again", "key", "edit", "close"; `wait` in seconds.
 class Trouble extends Error {
   constructor(message, remedy = "again", wait = 0) {
     super(message);
