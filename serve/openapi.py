@@ -36,6 +36,7 @@ _REASONS = {
     503: "the server is about to stop",
     504: "the request took too long",
 }
+_EVENTS = "server-sent events whose data is a chat.completion.chunk each, or an error, at the end [DONE]"
 _SECONDS = {"type": "number", "minimum": 0, "description": "seconds"}
 _COUNT = {"type": "integer", "minimum": 0}
 _STAGES = ("queue", "preprocess", "vision_encoding", "prepare_embeddings", "prefill", "decode", "time_to_first_token")
@@ -134,7 +135,7 @@ def _usage() -> dict[str, Any]:
 
 
 def _chat() -> dict[str, Any]:
-    answer = _object("ChatCompletion") | _content("text/event-stream", {"type": "string"})
+    answer = _object("ChatCompletion") | _content("text/event-stream", {"description": _EVENTS})
     return {
         "summary": "Answer a conversation about images",
         "operationId": "chat",
