@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from serve_browser import CHROMIUM, DESK, PHONE, Reader, chromium, readers
-from serve_fake import LIMITS, Reply, usage
+from serve_fake import LIMITS, TIMINGS, Reply, usage
 
 from onevision_edge.serve.page import csp, page_html
 
@@ -48,6 +48,7 @@ CONTRAST = """
   return { count: found.length, low };
 }
 """
+DETAILS = {"cached_tokens": 120, "image_tokens": 208, "cached_image_tokens": 100}
 MARKDOWN = """Six **digits** and `code`:
 
 1. red 6
@@ -208,16 +209,39 @@ def test_an_image_is_looked_at_larger(opened: Open) -> None:
 def test_stages_and_tokens_are_told(opened: Open) -> None:
     reader = opened()
     reader.add(SMALL["three"])
-    reader.ask("What color is the 4?", Reply(usage=usage(cached=100)))
+    reader.ask("What color is the 4?", Reply(usage=usage() | {"prompt_tokens_details": DETAILS}))
     words = re.sub(r"\s+", " ", reader.text(".measured"))
-    assert "first token after 770 ms, 31.2 tokens/s" in words
+    assert "first token after 32 ms, 31.2 tokens/s" in words
     stages = (
-        "queue 2.0 ms preprocess 14 ms vision encoding 250 ms prepare embeddings 0.5 ms prefill 500 ms decode 1.25 s"
+        "queue 0.20 ms preprocess 1.4 ms vision encoding 10 ms prepare embeddings 0.05 ms prefill 20 ms decode 50 ms"
     )
     assert stages in words
-    assert words.endswith("Prompt 231 tokens, 208 of images, 100 from the cache (100 of images); answer 42 tokens.")
+    tokens = "Prompt 231 tokens, 208 of images; answer 42 tokens. Not computed again: 120 of the prompt, 100 of images."
+    assert words.endswith(tokens)
     widths = reader.tab.locator(".bar span").evaluate_all("(all) => all.map((s) => s.getBoundingClientRect().width)")
     assert widths[5] / widths[2] == pytest.approx(5, rel=0.05)
+    assert sum(widths) + len(widths) - 1 == pytest.approx(reader.tab.locator(".bar").bounding_box()["width"], abs=0.5)
+
+
+def test_the_time_that_no_stage_took_is_told_too(opened: Open) -> None:
+    reader, held = opened(), threading.Event()
+    threading.Timer(0.5, held.set).start()
+    reader.ask("One", Reply(held=held))
+    found = re.match(r"(\d+) ms, .* the rest (\d+) ms", re.sub(r"\s+", " ", reader.text(".measured")))
+    assert found
+    total, rest = (float(text) for text in found.groups())
+    assert rest == pytest.approx(total - 1000 * sum(list(TIMINGS.values())[:6]), abs=1)
+    assert rest > 150
+
+
+@pytest.mark.parametrize("viewport", [PHONE, DESK])
+def test_images_keep_their_shape(opened: Open, viewport: dict[str, int]) -> None:
+    reader = opened(viewport)
+    reader.add(PHOTO, SMALL["first"])
+    reader.ask("One")
+    script = "(all) => all.map((i) => [i.offsetWidth / i.offsetHeight, i.naturalWidth / i.naturalHeight])"
+    for seen, own in reader.tab.locator(".figures img").evaluate_all(script):
+        assert seen == pytest.approx(own, rel=0.02)
 
 
 def test_images_have_their_tokens_where_they_are_certain(opened: Open) -> None:
