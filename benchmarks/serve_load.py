@@ -29,7 +29,6 @@ from pathlib import Path
 from typing import Any
 
 import click
-from serve import report, runs
 from serve.alone import compared
 from serve.client import Reply
 from serve.process import ServerProcess, command
@@ -37,6 +36,7 @@ from serve.questions import Questions
 
 import onevision_edge
 from onevision_edge.cli.console import say
+from serve import report, runs
 
 RUNS = ("load", "rounds", "leaving", "memory", "flood", "ending")
 ROUNDS, ROUND = 11, 24  # times, and questions of each

@@ -21,7 +21,7 @@ TIMINGS = {
     "time_to_first_token": 0.032,
     "tokens_per_second": 31.24,
 }
-LIMITS = {"max_images": 4, "max_pixels": 40_000, "max_tokens": 512, "context": 4096}
+LIMITS = {"max_images": 4, "max_pixels": 1_000_000, "max_tokens": 512, "context": 4096}
 
 
 def usage(prompt: int = 231, completion: int = 42, images: int = 208, cached: int = 0) -> dict[str, Any]:

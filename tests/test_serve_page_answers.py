@@ -141,7 +141,7 @@ def test_the_page_follows_the_answer_until_the_reader_scrolls_back(opened: Open)
         (Reply(status=400, message="the prompt is too long"), "the prompt is too long.", "Edit the question"),
         (
             Reply(status=413, message=""),
-            "The images are too large for the server: take fewer or smaller ones.",
+            "The images are together larger than the server takes: take fewer or smaller ones.",
             "Edit the question",
         ),
         (Reply(status=429, message="full"), "The server is busy and its queue is full.", "Ask again"),
@@ -211,6 +211,7 @@ def test_a_new_chat_ends_the_answer_under_way(opened: Open) -> None:
     reader.press("New chat")
     assert reader.server.left.wait(5)
     assert reader.tab.locator(".turn").count() == 0
+    assert reader.text("#announced") == "A new chat."  # not that the other was stopped
     reader.ask("Two")
     assert reader.text(".answer") == "A photo of six digits."
     assert [message["content"] for message in reader.server.requests[1]["messages"]] == ["Two"]

@@ -94,7 +94,7 @@ const turnView = (turn, actions) => {
   const update = () => {
     show(turn.answer);
     const answering = turn.state === "answering";
-    const passed = answering ? duration(Math.max(0.1, Math.round((performance.now() - turn.started) / 100) / 10)) : "";
+    const passed = answering ? `${((performance.now() - turn.started) / 1000).toFixed(1)} s` : "";
     waiting.textContent = answering && !turn.answer ? `${turn.images.length ? "looking" : "reading"} … ${passed}` : passed;
     waiting.hidden = !answering;
     if (state === turn.state) return;
@@ -111,7 +111,7 @@ const turnView = (turn, actions) => {
 
 // One sentence of what went wrong and a button to go on; where the server says how long to wait, the button counts.
 const troubleView = (trouble, remedies) => {
-  const names = { again: "Ask again", key: "Enter the key", edit: "Edit the question" };
+  const names = { again: "Ask again", key: "Enter the key", edit: "Edit the question", close: "Close" };
   const press = button(names[trouble.remedy], remedies[trouble.remedy]);
   let left = trouble.wait;
   const count = () => {
