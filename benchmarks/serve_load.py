@@ -10,7 +10,8 @@ runs, each of a server process of its own where it needs one:
     load      all questions, so many at a time: none is lost; times to the first text and between pieces
     rounds    one at a time and so many at a time in turns: the ratio of their rates, with its range
     leaving   every second client hangs up in the middle: the others lose nothing, and the server is idle soon
-    memory    minutes of load: megabytes a minute by least squares, the first 30 % left out
+    memory    minutes of load: megabytes a minute by least squares, the first 30 % left out, and of the later half of
+              the rest: the image cache fills at first, and pieces of freed memory take minutes to be of use again
     flood     40 at once to 2 slots and a queue of 4: 429 with Retry-After, and answers for those that were taken
     ending    SIGTERM with answers under way: they are finished, new ones get 503, exit code 0
 

@@ -246,6 +246,8 @@ def test_memory_is_sampled(bench: ModuleType, server: Callable[..., Any]) -> Non
     assert found["answered"] > 4
     assert 5 < found["megabytes"]["begin"] <= found["most_megabytes"] < 500
     assert found["open_files"]["begin"] > 3
+    assert set(found["megabytes_per_minute"]) == {"kept", "later_half"}
+    assert "MB a minute" in bench.report.text({"memory": found})
 
 
 def test_a_full_queue_refuses(bench: ModuleType, server: Callable[..., Any]) -> None:

@@ -37,9 +37,13 @@ def _rounds(found: dict[str, Any]) -> list[Row]:
 def _memory(found: dict[str, Any]) -> list[Row]:
     size, files, threads = found["megabytes"], found["open_files"], found["threads"]
     sizes = f"{size['begin']:.0f} MB at first, then {size['kept']:.0f} to {size['end']:.0f} MB"
-    slope = f"{found['megabytes_per_minute']:+.2f} ± {found['uncertainty']:.2f} MB a minute"
+    kept, later = (f"{one['slope']:+.2f} ± {one['uncertainty']:.2f}" for one in found["megabytes_per_minute"].values())
     counts = f"files {files['begin']} to {files['end']}, threads {threads['begin']} to {threads['end']}"
-    return [(f"{found['minutes']:g} minutes", _outcome(found)), ("  memory", f"{sizes}: {slope}"), ("  held", counts)]
+    return [
+        (f"{found['minutes']:g} minutes", _outcome(found)),
+        ("  memory", f"{sizes}: {kept} MB a minute, in the later half of that {later}"),
+        ("  held", counts),
+    ]
 
 
 def _leaving(found: dict[str, Any]) -> list[Row]:

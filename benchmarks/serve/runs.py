@@ -70,18 +70,22 @@ async def memory(server: ServerProcess, minutes: float, concurrency: int, seed: 
         asked = ask_all(client, Questions(seed).forever(), concurrency, ends)
         replies, _ = await asyncio.gather(asked, sample())
     kept = [one for one in samples if one[0] >= warm * minutes] or samples
-    steepness, error = slope([one[0] for one in kept], [one[1] / 1e6 for one in kept])
+    slopes = [_slope(part) for part in (kept, kept[len(kept) // 2 :])]
     return {
         "minutes": minutes,
         **outcome(replies),
         "megabytes": {"begin": samples[0][1] / 1e6, "kept": kept[0][1] / 1e6, "end": samples[-1][1] / 1e6},
         "most_megabytes": max(one[1] for one in samples) / 1e6,
         "samples": [[round(minute, 2), round(size / 1e6, 1)] for minute, size, *_ in samples[::10]],
-        "megabytes_per_minute": steepness,
-        "uncertainty": error,
+        "megabytes_per_minute": dict(zip(("kept", "later_half"), slopes, strict=True)),
         "open_files": {"begin": samples[0][2], "end": samples[-1][2]},
         "threads": {"begin": samples[0][3], "end": samples[-1][3]},
     }
+
+
+def _slope(samples: Sequence[tuple[float, int, int, int]]) -> dict[str, float]:
+    steepness, error = slope([one[0] for one in samples], [one[1] / 1e6 for one in samples])
+    return {"slope": steepness, "uncertainty": error}
 
 
 async def leaving(server: ServerProcess, count: int, concurrency: int, seed: int) -> tuple[Report, list[Reply]]:
