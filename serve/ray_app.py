@@ -65,6 +65,7 @@ def build(args: Mapping[str, str]) -> Any:
 
 def application(bundle: Path, settings: Settings, options: RayOptions) -> Any:
     """A Ray Serve application of a bundle. Raises OneVisionError where it is none, before anything is started."""
+    Bundle.open(bundle)
     from ray import serve
     from ray.serve.config import AutoscalingConfig, RequestRouterConfig
 
@@ -72,7 +73,6 @@ def application(bundle: Path, settings: Settings, options: RayOptions) -> Any:
     from .ray_replica import ModelReplica
     from .ray_router import AffineRouter
 
-    Bundle.open(bundle)
     models = serve.deployment(
         ModelReplica,
         name="model",
@@ -108,21 +108,29 @@ def run_ray(
     address: of a Ray cluster; None starts one on this machine. ready: told the URL once replicas are up.
     Raises OneVisionError where Ray is not installed, or the application does not start.
     """
-    ended = threading.Event()
-    previous = {sign: signal.signal(sign, lambda *_: ended.set()) for sign in (signal.SIGINT, signal.SIGTERM)}
     ray = connected(address)
     from ray import serve
 
     try:
         serve.start(http_options={"host": host, "port": port})
-        serve.run(application(bundle, settings, options), name=APP)
-        ready(f"http://{host}:{port}")
-        ended.wait()
+        front = serve.run(application(bundle, settings, options), name=APP)
+        _wait(lambda: ready(f"http://{host}:{port}"))
+        front.drain.remote(settings.request_seconds).result()
     except RuntimeError as error:
         raise OneVisionError(f"Ray Serve did not start: {str(error).strip().splitlines()[-1]}") from error
     finally:
         serve.shutdown()
         ray.shutdown()
+
+
+def _wait(ready: Callable[[], None]) -> None:
+    """Until a signal asks to end. Ray takes over the signals' handlers when it starts, so that ours come after it."""
+    ended = threading.Event()
+    previous = {sign: signal.signal(sign, lambda *_: ended.set()) for sign in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        ready()
+        ended.wait()
+    finally:
         for sign, handler in previous.items():
             signal.signal(sign, handler)
 

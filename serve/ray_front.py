@@ -22,16 +22,20 @@ from starlette.types import Receive, Scope, Send
 from .affinity import marks_of
 from .auth import Gate
 from .body import read_body
-from .errors import ApiError
+from .errors import ApiError, closing
 from .ray_replica import Call, Message
 from .settings import Settings
 
 LOG = logging.getLogger(__name__)
-ATTEMPTS = 5
-_PAUSE = 0.2  # seconds before the second attempt, twice as many before the next
+ATTEMPTS = 6
+_PAUSE = 0.1  # seconds before the second attempt, twice as many before the next
 _REMEMBERED = 1_000  # answers, by the ids of their requests
 _ID_HEADERS = ("idempotency-key", "x-request-id")
 _LOST = (RayError, DeploymentUnavailableError)
+
+
+class BrokenOffError(Exception):
+    """A response that had begun has ended before its end; its client was told."""
 
 
 class Front:
@@ -41,18 +45,34 @@ class Front:
         self._models, self._settings = models.options(stream=True, method_name="answer"), settings
         self._gate = Gate(self._door, settings)
         self._answers = Answers()
+        self._open, self._draining = 0, False
 
     async def serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        await self._gate(scope, receive, send)
+        self._open += 1
+        try:
+            await self._gate(scope, receive, send)
+        finally:
+            self._open -= 1
+
+    async def drain(self, seconds: float) -> bool:
+        """Refuse new requests, and wait for those under way; whether all have ended in time."""
+        self._draining = True
+        for _ in range(round(seconds / _PAUSE)):
+            if not self._open:
+                break
+            await asyncio.sleep(_PAUSE)
+        return not self._open
 
     async def _door(self, scope: Scope, receive: Receive, send: Send) -> None:
         try:
+            if self._draining:
+                raise closing()
             call = await self._read(Request(scope, receive))
             async with aclosing(self._answered(call)) as messages:
                 async for message in messages:
                     await send(message)
-        except ClientDisconnect:
+        except (ClientDisconnect, BrokenOffError):
             return
         except ApiError as error:
             await JSONResponse(error.body(), error.status, error.headers)(scope, receive, send)
@@ -75,18 +95,16 @@ class Front:
             for message in await first:
                 yield message
             return
-        kept: list[Message] | None = None
+        kept: list[Message] = []
+        whole = False
         try:
             async with aclosing(self._attempts(call)) as messages:
-                kept = []
                 async for message in messages:
                     kept.append(message)
                     yield message
-        except BaseException:
-            kept = None
-            raise
+            whole = True
         finally:
-            self._answers.settle(key, kept)
+            self._answers.settle(key, kept if whole else [])
 
     async def _attempts(self, call: Call) -> AsyncGenerator[Message, None]:
         """The messages of the first replica that lives long enough."""
@@ -108,7 +126,7 @@ class Front:
                 LOG.warning("a replica was lost: %s", type(error).__name__)
                 if begun:
                     yield broken_off()
-                    return
+                    raise BrokenOffError from None
         raise ApiError("no replica could answer", status=503, kind="server_error", code="unavailable")
 
     async def _once(self, call: Call) -> AsyncGenerator[Message, None]:
@@ -146,8 +164,8 @@ class Answers:
             self._fail(oldest)
         return None
 
-    def settle(self, key: str, messages: list[Message] | None) -> None:
-        """Give the answer to who waits for it. It is kept where asking again would change nothing."""
+    def settle(self, key: str, messages: list[Message]) -> None:
+        """Give the answer to who waits for it, none where it broke off. A failure is not kept."""
         future = self._known.get(key)
         if future is None:
             return

@@ -28,10 +28,18 @@ class Ingress:
 
         self.front = Front(models, settings)
 
+    async def drain(self, seconds: float) -> bool:
+        """As Front.drain; called through a handle."""
+        return await self.front.drain(seconds)
+
 
 def bound(models: Any, settings: Settings) -> Any:
     """The deployment with its arguments, for Ray Serve to run."""
     deployment = serve.deployment(
-        Ingress, name="front", max_ongoing_requests=_ONGOING, ray_actor_options={"num_cpus": 0}
+        Ingress,
+        name="front",
+        max_ongoing_requests=_ONGOING,
+        ray_actor_options={"num_cpus": 0},
+        graceful_shutdown_timeout_s=settings.request_seconds,
     )
     return deployment.bind(models, settings)

@@ -148,6 +148,19 @@ def test_an_id_counts_with_its_body_and_key() -> None:
     assert {r.text for r in asked(handle, *requests)} == {"0", "1", "2"}
 
 
+def test_a_door_that_drains_refuses_what_is_new_and_waits_for_the_rest() -> None:
+    async def run() -> tuple[int, int, bool, bool]:
+        front = Front(Handle([start(), piece("")], pause=0.05), Settings())
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=front.serve), base_url="http://front") as client:
+            under_way = asyncio.ensure_future(post()(client))
+            await asyncio.sleep(0.02)
+            in_time = await front.drain(0.0)
+            refused, all_ended = (await post()(client)).status_code, await front.drain(10)
+            return (await under_way).status_code, refused, in_time, all_ended
+
+    assert asyncio.run(run()) == (200, 503, False, True)
+
+
 def test_a_failure_is_not_remembered() -> None:
     async def run() -> list[int]:
         handle = Handle([start(status=500), piece("")], [start(status=429), piece("")], [start(), piece("")])
@@ -156,6 +169,19 @@ def test_a_failure_is_not_remembered() -> None:
             return [(await post(x_request_id="7")(client)).status_code for _ in range(4)]
 
     assert asyncio.run(run()) == [500, 429, 200, 200]
+
+
+def test_a_stream_that_broke_off_is_not_remembered() -> None:
+    async def run() -> list[str]:
+        broken = [start(STREAM), piece("data: 1\n\n", True), RayActorError()]
+        handle = Handle(broken, [start(STREAM), piece("data: 2\n\n")])
+        transport = httpx.ASGITransport(app=Front(handle, Settings()).serve)
+        async with httpx.AsyncClient(transport=transport, base_url="http://front") as client:
+            return [(await post(x_request_id="7")(client)).text for _ in range(3)]
+
+    first, *again = asyncio.run(run())
+    assert "replica_lost" in first
+    assert again == ["data: 2\n\n"] * 2
 
 
 def test_answers_are_kept_up_to_a_number() -> None:
