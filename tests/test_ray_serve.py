@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
+import psutil
 import pytest
 
 import onevision_edge
@@ -185,21 +186,34 @@ def test_a_replica_killed_under_load_loses_nothing_and_nothing_is_answered_twice
     assert len(replicas()) == 2
 
 
-def test_rows_are_answered_by_replicas_as_by_one_model(served: Served, tmp_path: Path) -> None:
+def test_rows_are_answered_as_by_one_model_with_a_replica_killed(served: Served, tmp_path: Path) -> None:
     from ray import serve
 
     serve.delete(APP)  # its CPUs are wanted
-    data, options = DEMO / "evaluation" / "questions.jsonl", BatchOptions(
-        SamplingParams(max_tokens=16), slots=4, load={"threads": 1}
-    )  # fmt: skip
-    summary = run_batch(served.bundle, data, tmp_path / "ray.jsonl", options, Cluster(replicas=2))
+    killed: list[int] = []
+
+    def progress(done: int, total: int, label: str) -> None:
+        if done >= 40 and not killed:
+            killed.append(kill_worker("MapWorker"))
+
+    data = DEMO / "evaluation" / "questions.jsonl"
+    options = BatchOptions(SamplingParams(max_tokens=16), slots=4, load={"threads": 1})
+    summary = run_batch(served.bundle, data, tmp_path / "ray.jsonl", options, Cluster(replicas=2), progress)
     run_batch(served.bundle, data, tmp_path / "own.jsonl", options)
+    assert len(killed) == 1
     assert summary.answered == summary.rows > 300
     texts = [
         [(row["id"], row["text"]) for row in map(json.loads, (tmp_path / name).read_text().splitlines())]
         for name in ("ray.jsonl", "own.jsonl")
     ]
     assert texts[0] == texts[1]
+
+
+def kill_worker(name: str) -> int:
+    """Kill -9 one of Ray's processes that works as `name`."""
+    found = next(p for p in psutil.Process().children(recursive=True) if p.cmdline()[0].startswith(f"ray::{name}"))
+    found.kill()
+    return int(found.pid)
 
 
 @pytest.mark.parametrize(
