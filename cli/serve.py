@@ -2,12 +2,18 @@
 
 import ipaddress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from ..errors import OneVisionError
 from .console import say
 from .engines_option import engines_of
+
+if TYPE_CHECKING:
+    import socket
+
+    from ..serve.settings import Settings
 
 
 @click.command()
@@ -57,6 +63,13 @@ from .engines_option import engines_of
     metavar="ORIGIN",
     help="Answer to pages of this origin, such as https://example.org; may be repeated.  [default: none]",
 )
+@click.option(
+    "--server-name",
+    "server_names",
+    multiple=True,
+    metavar="NAME",
+    help="Another name that requests may be sent to, as by a proxy, of a server on this machine without a key.",
+)
 def serve(
     bundle: Path,
     host: str,
@@ -71,15 +84,7 @@ def serve(
 
     SIGTERM or Ctrl-C: requests in flight are answered, new ones refused; a second one ends at once.
     """
-    from ..errors import OneVisionError
-
-    try:
-        import prometheus_client  # noqa: F401
-        import pydantic  # noqa: F401
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise OneVisionError(f"serve needs {error.name}: pip install 'onevision-edge[serve]'") from None
+    _require_packages()
     from ..runtime.model import load
     from ..runtime.scheduler import Scheduler
     from ..serve.app import create_app
@@ -87,10 +92,8 @@ def serve(
 
     settings = _settings(bundle, host, options)
     with listening_socket(host, port) as listening:
-        model = load(
-            bundle.resolve(), threads=threads, engines=engines_of(engines), prefix_caches=0
-        )  # slots keep their own
-        scheduler = Scheduler(model, slots=slots, queue=queue)
+        model = load(bundle.resolve(), threads=threads, engines=engines_of(engines), prefix_caches=0)
+        scheduler = Scheduler(model, slots=slots, queue=queue)  # whose slots keep what they hold of a conversation
         server = Server(create_app(scheduler, settings), scheduler, settings.request_seconds)
         scheduler.start()
         try:
@@ -100,7 +103,17 @@ def serve(
             scheduler.stop()
 
 
-def _settings(bundle: Path, host: str, options: dict[str, Any]) -> Any:
+def _require_packages() -> None:
+    try:
+        import prometheus_client  # noqa: F401
+        import pydantic  # noqa: F401
+        import starlette  # noqa: F401
+        import uvicorn  # noqa: F401
+    except ImportError as error:
+        raise OneVisionError(f"serve needs {error.name}: pip install 'onevision-edge[serve]'") from None
+
+
+def _settings(bundle: Path, host: str, options: dict[str, Any]) -> "Settings":
     from ..serve.settings import Settings
 
     options = dict(options)
@@ -108,10 +121,11 @@ def _settings(bundle: Path, host: str, options: dict[str, Any]) -> Any:
     local = _is_loopback(host)
     if not local and options["api_key"] is None:
         say(f"Warning: {host} can be reached from other machines, and without --api-key anybody there may ask.")
+    names = ("localhost", "127.0.0.1", "::1", host, *options.pop("server_names"))
     return Settings(
         model_name=model_name,
         max_body_bytes=options.pop("max_body_mb") * 1_000_000,
-        server_names=("localhost", "127.0.0.1", "::1", host) if local and options["api_key"] is None else (),
+        server_names=names if local and options["api_key"] is None else (),
         **options,
     )
 
@@ -123,6 +137,6 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _address(listening: Any) -> str:
+def _address(listening: "socket.socket") -> str:
     host, port = listening.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"

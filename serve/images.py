@@ -7,6 +7,7 @@ import asyncio
 import io
 import re
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image
@@ -30,8 +31,8 @@ async def read_pictures(pictures: Sequence[Picture], settings: Settings, fetch: 
     them together have more than settings.max_pixels pixels.
     """
     remote = [picture for picture in pictures if _is_remote(picture, settings)]
-    gate = asyncio.Semaphore(_AT_ONCE)
-    fetched = await asyncio.gather(*(_fetched(picture, fetch, gate) for picture in remote))
+    room = _Room(asyncio.Semaphore(_AT_ONCE), settings.max_body_bytes)
+    fetched = await asyncio.gather(*(_fetched(picture, fetch, room) for picture in remote))
     files = dict(zip(remote, fetched, strict=True))
     return await asyncio.to_thread(_read, pictures, files, settings.max_pixels)
 
@@ -77,12 +78,24 @@ def _is_remote(picture: Picture, settings: Settings) -> bool:
     return True
 
 
-async def _fetched(picture: Picture, fetch: Fetch, gate: asyncio.Semaphore) -> bytes:
+@dataclass(slots=True)
+class _Room:
+    """What fetching the images of one request may take: so many at once, so many bytes together."""
+
+    gate: asyncio.Semaphore
+    left: int
+
+
+async def _fetched(picture: Picture, fetch: Fetch, room: _Room) -> bytes:
     try:
-        async with gate:
-            return await fetch(picture.url)
+        async with room.gate:
+            data = await fetch(picture.url) if room.left > 0 else b""
     except OneVisionError as error:
         raise _refusal(picture, str(error), "image_url_not_fetched") from None
+    room.left -= len(data)
+    if room.left <= 0:
+        raise _refusal(picture, "up to here, the request's images have more bytes than allowed", "image_too_large")
+    return data
 
 
 def _read(pictures: Sequence[Picture], fetched: Mapping[Picture, bytes], limit: int) -> dict[Picture, bytes]:

@@ -36,8 +36,10 @@ _REASONS = {
     503: "the server is about to stop",
     504: "the request took too long",
 }
+_EVENTS = "server-sent events whose data is a chat.completion.chunk each, or an error, at the end [DONE]"
 _SECONDS = {"type": "number", "minimum": 0, "description": "seconds"}
 _COUNT = {"type": "integer", "minimum": 0}
+_NAME = {"parameters": [{"name": "name", "in": "path", "required": True, "schema": {"type": "string"}}]}
 _STAGES = ("queue", "preprocess", "vision_encoding", "prepare_embeddings", "prefill", "decode", "time_to_first_token")
 
 
@@ -51,8 +53,9 @@ def document(settings: Settings) -> dict[str, Any]:
             "/": _get("The page", _content("text/html", {"type": "string"}), ()),
             "/health": _get("Whether the server takes questions", _object("Health"), (503,)),
             "/openapi.json": _get("This document", _object("Any"), ()),
-            "/metrics": _get("Metrics for Prometheus", _content("text/plain", {"type": "string"}), (401,)) | secured,
-            "/v1/models": _get("The model", _object("Models"), (401,)) | secured,
+            "/metrics": _get("Metrics for Prometheus", _content("text/plain", {"type": "string"}), (401,), secured),
+            "/v1/models": _get("The model", _object("Models"), (401,), secured),
+            "/v1/models/{name}": _get("The model", _object("Model"), (401, 404), secured | _NAME),
             "/v1/chat/completions": {"post": _chat() | secured},
         },
         "components": {
@@ -74,7 +77,8 @@ def _schemas(settings: Settings) -> dict[str, Any]:
         "Error": _ERROR,
         "Any": {"type": "object"},
         "Health": {"type": "object", "required": ["status"], "properties": {"status": {"const": "ok"}}},
-        "Models": _models(settings),
+        "Model": _model(settings),
+        "Models": _models(),
     }
 
 
@@ -82,12 +86,20 @@ def _neutral(refused: dict[str, tuple[Any, ...]]) -> dict[str, Any]:
     return {name: {"enum": list(values)} for name, values in refused.items()}
 
 
-def _models(settings: Settings) -> dict[str, Any]:
-    model = {"type": "object", "required": ["id", "object"], "properties": {"id": {"const": settings.model_name}}}
+def _model(settings: Settings) -> dict[str, Any]:
+    limits = {"type": "object", "additionalProperties": _COUNT}
+    properties = {"id": {"const": settings.model_name}, "object": {"const": "model"}, "onevision_edge": limits}
+    return {"type": "object", "required": list(properties), "properties": properties}
+
+
+def _models() -> dict[str, Any]:
     return {
         "type": "object",
         "required": ["object", "data"],
-        "properties": {"object": {"const": "list"}, "data": {"type": "array", "items": model}},
+        "properties": {
+            "object": {"const": "list"},
+            "data": {"type": "array", "items": {"$ref": "#/components/schemas/Model"}},
+        },
     }
 
 
@@ -134,7 +146,7 @@ def _usage() -> dict[str, Any]:
 
 
 def _chat() -> dict[str, Any]:
-    answer = _object("ChatCompletion") | _content("text/event-stream", {"type": "string"})
+    answer = _object("ChatCompletion") | _content("text/event-stream", {"description": _EVENTS})
     return {
         "summary": "Answer a conversation about images",
         "operationId": "chat",
@@ -144,9 +156,9 @@ def _chat() -> dict[str, Any]:
     }
 
 
-def _get(summary: str, content: dict[str, Any], errors: tuple[int, ...]) -> dict[str, Any]:
+def _get(summary: str, content: dict[str, Any], errors: tuple[int, ...], rest: Any = None) -> dict[str, Any]:
     responses = {"200": {"description": "done", "content": content}} | _errors(421, *errors)
-    return {"get": {"summary": summary, "responses": responses}}
+    return {"get": {"summary": summary, "responses": responses} | (rest or {})}
 
 
 def _errors(*statuses: int) -> dict[str, Any]:

@@ -130,7 +130,7 @@ class ChatBody(Wire):
     response_format: ResponseFormat | None = None
     top_k: Annotated[int, Field(ge=0, le=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[float, Field(gt=0, le=100)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100)] | None = None
     ignore_eos: bool | None = None
     min_pixels: Annotated[int, Field(ge=1, le=2**31)] | None = None
     max_pixels: Annotated[int, Field(ge=1, le=2**31)] | None = None

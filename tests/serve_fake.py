@@ -12,16 +12,16 @@ from typing import Any
 from onevision_edge.serve.page import csp, page_html
 
 TIMINGS = {
-    "queue": 0.002,
-    "preprocess": 0.0141,
-    "vision_encoding": 0.25,
-    "prepare_embeddings": 0.0005,
-    "prefill": 0.5,
-    "decode": 1.25,
-    "time_to_first_token": 0.77,
+    "queue": 0.0002,
+    "preprocess": 0.0014,
+    "vision_encoding": 0.01,
+    "prepare_embeddings": 0.00005,
+    "prefill": 0.02,
+    "decode": 0.05,
+    "time_to_first_token": 0.032,
     "tokens_per_second": 31.24,
 }
-LIMITS = {"max_images": 4, "max_pixels": 40_000, "max_tokens": 512, "context": 4096}
+LIMITS = {"max_images": 4, "max_pixels": 1_000_000, "max_tokens": 512, "context": 4096}
 
 
 def usage(prompt: int = 231, completion: int = 42, images: int = 208, cached: int = 0) -> dict[str, Any]:

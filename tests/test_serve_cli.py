@@ -64,10 +64,11 @@ def asked(address: str, body: Any, key: str | None = None) -> Any:
 
 
 def test_answers_and_ends(python: Python, bundle: Path) -> None:
-    process, address = started(python, bundle)
+    process, address = started(python, bundle, "--server-name", "proxy.example")
     assert address.startswith("http://127.0.0.1:")
     answer = json.load(asked(address, question("Which number is this?", data_url("number.png"))))
     assert (answer["choices"][0]["message"]["content"], answer["model"]) == ("6472", "demo bundle")
+    urllib.request.urlopen(urllib.request.Request(f"{address}/v1/models", headers={"Host": "proxy.example"})).close()
     with pytest.raises(urllib.error.HTTPError) as caught:
         urllib.request.urlopen(urllib.request.Request(f"{address}/v1/models", headers={"Host": "evil.example"}))
     assert caught.value.code == 421

@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from serving import EXAMPLES, live
 
+import onevision_edge
+from onevision_edge.runtime.scheduler import Scheduler
 from onevision_edge.serve.settings import Settings
 
 pytest.importorskip("schemathesis")

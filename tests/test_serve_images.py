@@ -285,6 +285,10 @@ def test_fetched_images_go_through_the_same_door() -> None:
     assert read("https://a.example/x", data_url(png(1, 1)), fetch=fetch, image_hosts=hosts) == [png(6, 6), png(1, 1)]
     assert refusal("https://a.example/gone", fetch=fetch, image_hosts=hosts).code == "image_url_not_fetched"
     assert refusal("https://a.example/x", fetch=fetch, image_hosts=hosts, max_pixels=35).code == "image_too_large"
+    asked = ["https://a.example/x"] * 20
+    limit = 3 * len(png(6, 6)) + 1
+    assert len(read(*asked[:3], fetch=fetch, image_hosts=hosts, max_body_bytes=limit)) == 3
+    assert refusal(*asked, fetch=fetch, image_hosts=hosts, max_body_bytes=limit).code == "image_too_large"
 
 
 FILES = [png(20, 10)]

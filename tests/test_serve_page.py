@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 from serve_browser import CHROMIUM, DESK, PHONE, Reader, chromium, readers
-from serve_fake import LIMITS, Reply, usage
+from serve_fake import LIMITS, TIMINGS, Reply, usage
 
 from onevision_edge.serve.page import csp, page_html
 
@@ -48,6 +48,7 @@ CONTRAST = """
   return { count: found.length, low };
 }
 """
+DETAILS = {"cached_tokens": 120, "image_tokens": 208, "cached_image_tokens": 100}
 MARKDOWN = """Six **digits** and `code`:
 
 1. red 6
@@ -81,9 +82,9 @@ def sent_images(body: dict[str, Any]) -> list[bytes]:
 def full(opened: Open, viewport: dict[str, int] = DESK, scheme: str = "light") -> Reader:
     """A page with everything on it: answers with images, a refusal, a question that is edited."""
     reader = opened(viewport, scheme)
-    reader.add(PHOTO)
+    reader.add(SMALL["three"])
     reader.ask("List all digits.", Reply(pieces=(MARKDOWN,)))
-    reader.add(SMALL["first"], SMALL["second"])
+    reader.add(SMALL["second"], PHOTO)
     reader.ask("What differs?", Reply(usage=usage(600, 3, 260, 400)))
     reader.ask("And now?", Reply(status=400, message="temperature must be at most 2"))
     reader.tab.get_by_role("button", name="Edit the question").nth(1).click()
@@ -145,9 +146,28 @@ def test_a_larger_image_than_the_server_takes_is_made_smaller(opened: Open) -> N
     reader.add(PHOTO)
     reader.ask("What is it?")
     [image] = [Image.open(io.BytesIO(data)) for data in sent_images(reader.server.requests[0])]
-    assert (image.format, image.size) == ("JPEG", (230, 173))
-    assert 230 * 173 <= LIMITS["max_pixels"] < 231 * 174
-    assert reader.text("figcaption") == "photo.jpg\n230 × 173, 208 tokens\nmade smaller from 1600 × 1200"
+    assert (image.format, image.size) == ("JPEG", (1154, 866))
+    assert 1154 * 866 <= LIMITS["max_pixels"] < 1155 * 867
+    assert reader.text("figcaption") == "photo.jpg\n1154 × 866, 208 tokens\nmade smaller from 1600 × 1200"
+
+
+def test_images_stay_within_what_a_request_may_hold(opened: Any, tmp_path: Path) -> None:
+    opened.server.limits = LIMITS | {"max_body_bytes": 200_000}
+    reader = opened()
+    noise = tmp_path / "noise.png"
+    Image.effect_noise((600, 500), 90).save(noise)
+    assert noise.stat().st_size > 200_000
+    reader.add(str(noise))
+    reader.ask("What is it?")
+    body = reader.server.requests[0]
+    [image] = [Image.open(io.BytesIO(data)) for data in sent_images(body)]
+    assert image.format == "JPEG"
+    assert image.width / image.height == pytest.approx(1.2, abs=0.01)
+    assert 100_000 < len(json.dumps(body)) < 200_000  # no smaller than it must be
+    reader.tab.set_input_files("#files", [SMALL["first"]])
+    reader.tab.wait_for_selector("#notice button")
+    assert reader.text("#notice").startswith("The images are together as large as the server takes: ")
+    assert reader.tab.locator("#attached li").count() == 0
 
 
 def test_without_limits_of_the_server_an_image_is_left_alone(opened: Any) -> None:
@@ -193,14 +213,17 @@ def test_images_are_removed_counted_and_refused(opened: Open, tmp_path: Path) ->
     reader.tab.set_input_files("#files", [str(other)])
     reader.tab.wait_for_selector("#notice >> text=words.png")
     assert reader.text("#notice").startswith("“words.png” is not an image that this browser can read.")
+    reader.press("Close")
+    assert reader.text("#notice") == ""
+    assert reader.focused() == "question"
 
 
 def test_an_image_is_looked_at_larger(opened: Open) -> None:
     reader = opened()
     reader.add(PHOTO)
     reader.tab.get_by_role("button", name="photo.jpg").first.click()
-    assert reader.text("#picture p") == "photo.jpg, 230 × 173, made smaller from 1600 × 1200"
-    assert reader.tab.locator("#picture img").evaluate("(image) => image.naturalWidth") == 230
+    assert reader.text("#picture p") == "photo.jpg, 1154 × 866, made smaller from 1600 × 1200"
+    assert reader.tab.locator("#picture img").evaluate("(image) => image.naturalWidth") == 1154
     reader.tab.keyboard.press("Escape")
     assert not reader.tab.locator("#picture").is_visible()
 
@@ -208,16 +231,39 @@ def test_an_image_is_looked_at_larger(opened: Open) -> None:
 def test_stages_and_tokens_are_told(opened: Open) -> None:
     reader = opened()
     reader.add(SMALL["three"])
-    reader.ask("What color is the 4?", Reply(usage=usage(cached=100)))
+    reader.ask("What color is the 4?", Reply(usage=usage() | {"prompt_tokens_details": DETAILS}))
     words = re.sub(r"\s+", " ", reader.text(".measured"))
-    assert "first token after 770 ms, 31.2 tokens/s" in words
+    assert "first token after 32 ms, 31.2 tokens/s" in words
     stages = (
-        "queue 2.0 ms preprocess 14 ms vision encoding 250 ms prepare embeddings 0.5 ms prefill 500 ms decode 1.25 s"
+        "queue 0.20 ms preprocess 1.4 ms vision encoding 10 ms prepare embeddings 0.05 ms prefill 20 ms decode 50 ms"
     )
     assert stages in words
-    assert words.endswith("Prompt 231 tokens, 208 of images, 100 from the cache (100 of images); answer 42 tokens.")
+    tokens = "Prompt 231 tokens, 208 of images; answer 42 tokens. Not computed again: 120 of the prompt, 100 of images."
+    assert words.endswith(tokens)
     widths = reader.tab.locator(".bar span").evaluate_all("(all) => all.map((s) => s.getBoundingClientRect().width)")
     assert widths[5] / widths[2] == pytest.approx(5, rel=0.05)
+    assert sum(widths) + len(widths) - 1 == pytest.approx(reader.tab.locator(".bar").bounding_box()["width"], abs=0.5)
+
+
+def test_the_time_that_no_stage_took_is_told_too(opened: Open) -> None:
+    reader, held = opened(), threading.Event()
+    threading.Timer(0.5, held.set).start()
+    reader.ask("One", Reply(held=held))
+    found = re.match(r"(\d+) ms, .* the rest (\d+) ms", re.sub(r"\s+", " ", reader.text(".measured")))
+    assert found
+    total, rest = (float(text) for text in found.groups())
+    assert rest == pytest.approx(total - 1000 * sum(list(TIMINGS.values())[:6]), abs=1)
+    assert rest > 150
+
+
+@pytest.mark.parametrize("viewport", [PHONE, DESK])
+def test_images_keep_their_shape(opened: Open, viewport: dict[str, int]) -> None:
+    reader = opened(viewport)
+    reader.add(SMALL["first"], PHOTO)
+    reader.ask("One")
+    script = "(all) => all.map((i) => [i.offsetWidth / i.offsetHeight, i.naturalWidth / i.naturalHeight])"
+    for seen, own in reader.tab.locator(".figures img").evaluate_all(script):
+        assert seen == pytest.approx(own, rel=0.02)
 
 
 def test_images_have_their_tokens_where_they_are_certain(opened: Open) -> None:
@@ -275,11 +321,11 @@ def test_an_answer_is_copied_with_and_without_the_clipboards_interface(opened: O
     reader = opened(permissions=["clipboard-read", "clipboard-write"])
     if not clipboard:
         reader.tab.evaluate("Object.defineProperty(navigator, 'clipboard', { value: undefined, configurable: true })")
-    reader.ask("One", Reply(pieces=("**Bold** words",)))
+    reader.ask("One", Reply(pieces=(f"**Bold** words, {clipboard}",)))
     reader.press("Copy")
-    reader.tab.wait_for_selector("text=Copied")
+    reader.tab.locator(".acts").get_by_text("Copied", exact=True).wait_for()
     reader.tab.evaluate("delete navigator.clipboard")
-    assert reader.tab.evaluate("navigator.clipboard.readText()") == "**Bold** words"
+    assert reader.tab.evaluate("navigator.clipboard.readText()") == f"**Bold** words, {clipboard}"
 
 
 def test_settings_go_with_the_question_and_stay_in_the_tab(opened: Any) -> None:
@@ -320,6 +366,7 @@ def test_the_keyboard_sends_breaks_lines_and_stops(opened: Open) -> None:
     reader.server.replies.append(Reply(pieces=("A ", "never"), held=threading.Event()))
     reader.tab.keyboard.press("Enter")
     reader.tab.wait_for_selector(".answer >> text=A")
+    assert reader.tab.input_value("#question") == ""
     reader.tab.keyboard.press("Escape")
     reader.settle()
     assert reader.text(".answer") == "A"

@@ -141,7 +141,7 @@ def test_the_page_follows_the_answer_until_the_reader_scrolls_back(opened: Open)
         (Reply(status=400, message="the prompt is too long"), "the prompt is too long.", "Edit the question"),
         (
             Reply(status=413, message=""),
-            "The images are too large for the server: take fewer or smaller ones.",
+            "The images are together larger than the server takes: take fewer or smaller ones.",
             "Edit the question",
         ),
         (Reply(status=429, message="full"), "The server is busy and its queue is full.", "Ask again"),
@@ -211,9 +211,32 @@ def test_a_new_chat_ends_the_answer_under_way(opened: Open) -> None:
     reader.press("New chat")
     assert reader.server.left.wait(5)
     assert reader.tab.locator(".turn").count() == 0
+    assert reader.text("#announced") == "A new chat."  # not that the other was stopped
     reader.ask("Two")
     assert reader.text(".answer") == "A photo of six digits."
     assert [message["content"] for message in reader.server.requests[1]["messages"]] == ["Two"]
+
+
+def test_a_question_that_is_edited_while_it_is_answered_takes_its_place(opened: Open) -> None:
+    reader = opened()
+    reader.ask("One", Reply(pieces=("First.",)))
+    reader.ask("Two", Reply(pieces=("A ", "never"), held=threading.Event()), wait=False)
+    reader.tab.wait_for_selector(".turn:last-child .answer >> text=A")
+    reader.tab.get_by_role("button", name="Edit the question").first.click()
+    reader.ask("One, differently")
+    assert reader.server.left.wait(5)
+    assert reader.tab.locator(".asked").all_inner_texts() == ["One, differently"]
+    assert reader.text(".answer") == "A photo of six digits."
+    assert [message["content"] for message in reader.server.requests[2]["messages"]] == ["One, differently"]
+
+
+def test_a_long_answer_of_many_pieces_is_shown_as_it_comes(opened: Open) -> None:
+    reader = opened()
+    started = perf_counter()
+    pieces = tuple(f"word{index}" + ("\n\n" if index % 40 == 39 else " ") for index in range(4000))
+    reader.ask("One", Reply(pieces=pieces))
+    assert perf_counter() - started < 8  # about 1 s alone on a core
+    assert reader.tab.locator(".answer p").count() == 100
 
 
 def test_an_answer_that_was_cut_by_its_limit_says_so(opened: Open) -> None:

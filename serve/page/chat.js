@@ -16,6 +16,8 @@ const say = (words) => {
 };
 const notice = (trouble, remedies) => byId("notice").replaceChildren(...(trouble ? troubleView(trouble, remedies).childNodes : []));
 
+const warn = (trouble) => notice(trouble, { close: () => { notice(null); question.focus(); } });
+
 // The server's model and limits; a notice where it does not tell.
 const meet = async () => {
   try {
@@ -68,15 +70,15 @@ const attach = async (files) => {
   for (const file of files) {
     const most = model?.limits.max_images ?? Infinity;
     const before = edited ? chat.slice(0, chat.indexOf(edited)) : chat;
-    const held = attached.length + before.filter((turn) => turn.answer).reduce((sum, turn) => sum + turn.images.length, 0);
-    if (held >= most) {
-      notice(new Trouble(`A conversation takes ${counted(most, "image")} on this server.`, "edit"), { edit: () => { notice(null); question.focus(); } });
+    const held = [...before.filter((turn) => turn.answer).flatMap((turn) => turn.images), ...attached];
+    if (held.length >= most) {
+      warn(new Trouble(`A conversation takes ${counted(most, "image")} on this server.`, "close"));
       break;
     }
     try {
-      attached.push(await readImage(file, model?.limits ?? {}));
+      attached.push(await readImage(file, roomOf(held, model?.limits ?? {})));
     } catch (trouble) {
-      notice(trouble, { edit: () => { notice(null); byId("files").click(); } });
+      warn(trouble);
     }
     showAttached();
   }

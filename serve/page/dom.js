@@ -19,7 +19,7 @@ const button = (text, press, properties = {}) => {
 };
 
 const duration = (seconds) => {
-  if (seconds < 0.0095) return `${(1000 * seconds).toFixed(1)} ms`;
+  if (seconds < 0.0095) return `${(1000 * seconds).toFixed(seconds < 0.00095 ? 2 : 1)} ms`;
   return seconds < 0.9995 ? `${Math.round(1000 * seconds)} ms` : `${seconds.toFixed(seconds < 99.5 ? 2 : 0)} s`;
 };
 

@@ -14,25 +14,29 @@ const figuresOf = (turn) => {
   return [...turn.images.map(figureOf), ...sum];
 };
 
-// The tokens of an answer in words: the prompt's, those of images, those that a cache had; the answer's.
+// The tokens of an answer in words: the prompt's, those of images, those that caches had (of the prompt's keys and
+// values; of images that were encoded before), the answer's.
 const tokenWords = (turn) => {
   const { prompt_tokens, completion_tokens, prompt_tokens_details: details = {} } = turn.usage;
   const images = details.image_tokens ? `, ${details.image_tokens.toLocaleString("en")} of images` : "";
-  const cached = details.cached_tokens ? `, ${details.cached_tokens.toLocaleString("en")} from the cache` : "";
-  const seen = details.cached_image_tokens ? ` (${details.cached_image_tokens.toLocaleString("en")} of images)` : "";
-  return `Prompt ${counted(prompt_tokens, "token")}${images}${cached}${seen}; answer ${counted(completion_tokens, "token")}.`;
+  const cached = [[details.cached_tokens, "of the prompt"], [details.cached_image_tokens, "of images"]]
+    .filter(([count]) => count).map(([count, words]) => `${count.toLocaleString("en")} ${words}`);
+  const spared = cached.length ? ` Not computed again: ${cached.join(", ")}.` : "";
+  return `Prompt ${counted(prompt_tokens, "token")}${images}; answer ${counted(completion_tokens, "token")}.${spared}`;
 };
 
-const stageView = (timings) => {
-  const stages = STAGES.filter(([name]) => typeof timings[name] === "number");
+// The stages as a bar and in words; the rest of the time that passed here is the way to the server and back.
+const stageView = (timings, seconds) => {
+  const stages = STAGES.filter(([name]) => timings[name] >= 0).map(([name, kind]) => [name.replaceAll("_", " "), kind, timings[name]]);
+  const rest = seconds - stages.reduce((sum, [, , time]) => sum + time, 0);
+  if (rest > 0) stages.push(["the rest", "rest", rest]);
   const bar = make("div", { className: "bar", "aria-hidden": "true" });
   const list = make("dl", { className: "stages" });
-  for (const [name, kind] of stages) {
+  for (const [name, kind, time] of stages) {
     const part = make("span", { className: kind });
-    part.style.flexGrow = timings[name];
+    part.style.flexGrow = 1000 * time; // a sum below 1 would leave room
     bar.append(part);
-    const words = name.replaceAll("_", " ");
-    list.append(make("div", { className: kind }, make("dt", {}, words), " ", make("dd", {}, duration(timings[name]))));
+    list.append(make("div", { className: kind }, make("dt", {}, name), " ", make("dd", {}, duration(time))));
   }
   return [bar, list];
 };
@@ -46,7 +50,7 @@ const measuredView = (turn) => {
   if (speed > 0) words.push(`${speed.toFixed(speed < 100 ? 1 : 0)} tokens/s`);
   const total = make("p", {}, make("b", {}, words.join(", ")));
   const tokens = turn.usage ? make("p", {}, tokenWords(turn)) : null;
-  return make("div", { className: "measured" }, total, ...(turn.usage?.timings ? stageView(timings) : []), tokens);
+  return make("div", { className: "measured" }, total, ...(turn.usage?.timings ? stageView(timings, turn.seconds) : []), tokens);
 };
 
 const NOTES = {
@@ -90,7 +94,7 @@ const turnView = (turn, actions) => {
   const update = () => {
     show(turn.answer);
     const answering = turn.state === "answering";
-    const passed = answering ? duration(Math.max(0.1, Math.round((performance.now() - turn.started) / 100) / 10)) : "";
+    const passed = answering ? `${((performance.now() - turn.started) / 1000).toFixed(1)} s` : "";
     waiting.textContent = answering && !turn.answer ? `${turn.images.length ? "looking" : "reading"} … ${passed}` : passed;
     waiting.hidden = !answering;
     if (state === turn.state) return;
@@ -107,7 +111,7 @@ const turnView = (turn, actions) => {
 
 // One sentence of what went wrong and a button to go on; where the server says how long to wait, the button counts.
 const troubleView = (trouble, remedies) => {
-  const names = { again: "Ask again", key: "Enter the key", edit: "Edit the question" };
+  const names = { again: "Ask again", key: "Enter the key", edit: "Edit the question", close: "Close" };
   const press = button(names[trouble.remedy], remedies[trouble.remedy]);
   let left = trouble.wait;
   const count = () => {

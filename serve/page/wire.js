@@ -1,6 +1,6 @@
 // What goes to the server and what comes back.
 
-// What went wrong, in one sentence; `remedy` is what the reader can do: "again", "key", "edit"; `wait` in seconds.
+// What went wrong, in one sentence; `remedy` is what the reader can do: "again", "key", "edit", "close"; `wait` in seconds.
 class Trouble extends Error {
   constructor(message, remedy = "again", wait = 0) {
     super(message);
@@ -25,7 +25,7 @@ const refusal = async (response, key) => {
   const wait = waiting(response.headers.get("Retry-After"));
   switch (response.status) {
     case 401: return new Trouble(key ? "The server does not accept this API key." : "The server asks for an API key.", "key");
-    case 413: return new Trouble(said || "The images are too large for the server: take fewer or smaller ones.", "edit");
+    case 413: return new Trouble("The images are together larger than the server takes: take fewer or smaller ones.", "edit");
     case 429: return new Trouble("The server is busy and its queue is full.", "again", wait);
     case 503: return new Trouble("The server takes no new questions now: it is closing or starting.", "again", wait);
   }
