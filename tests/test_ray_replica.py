@@ -51,6 +51,7 @@ def test_who_stops_reading_frees_the_slot(replica: ModelReplica, monkeypatch: py
         decode(slots, members)
 
     monkeypatch.setattr(Slots, "decode", slowly)
+    wait_until_idle(replica)
     before = replica.scheduler.stats
 
     async def leave() -> None:
@@ -60,11 +61,15 @@ def test_who_stops_reading_frees_the_slot(replica: ModelReplica, monkeypatch: py
                     break
 
     asyncio.run(leave())
+    wait_until_idle(replica)
+    after = replica.scheduler.stats
+    assert (after.running, after.cancelled - before.cancelled, after.finished) == (0, 1, before.finished)
+
+
+def wait_until_idle(replica: ModelReplica) -> None:
     deadline = time.monotonic() + 10
     while replica.scheduler.stats.running and time.monotonic() < deadline:
         time.sleep(0.02)
-    after = replica.scheduler.stats
-    assert (after.running, after.cancelled - before.cancelled, after.finished) == (0, 1, before.finished)
 
 
 def test_a_replica_that_ends_drains(tmp_path: Path) -> None:

@@ -8,6 +8,8 @@ import base64
 import json
 import os
 import queue
+import re
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from importlib.util import module_from_spec, spec_from_file_location
@@ -33,6 +35,7 @@ from onevision_edge.serve.triton_model import TritonAnswers
 
 IMAGES = Path(onevision_edge.__file__).parent / "demo" / "images"
 QUESTION = "Which number is this?"
+PARAMETER = r'^parameters { key: "(\w+)", value: { string_value: "(\w*)" } }$'
 
 
 @pytest.fixture(scope="module")
@@ -215,9 +218,9 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], tupl
 
     def start(repository: Path) -> tuple[TritonAnswers, Server]:
         server = Server(repository)
-        monkeypatch.setitem(__import__("sys").modules, "triton_python_backend_utils", server)
-        config = parsed(repository / "onevision" / "config.pbtxt")
-        parameters = {key: {"string_value": value.string_value} for key, value in config.parameters.items()}
+        monkeypatch.setitem(sys.modules, "triton_python_backend_utils", server)
+        lines = re.findall(PARAMETER, (repository / "onevision" / "config.pbtxt").read_text(), re.MULTILINE)
+        parameters = {key: {"string_value": value} for key, value in lines}
         answers = loaded(repository / "onevision" / "1" / "model.py").TritonPythonModel()
         answers.initialize({"model_config": json.dumps({"parameters": parameters})})
         started.append(answers)
