@@ -7,12 +7,14 @@ import click
 
 from .. import __version__
 from ..errors import OneVisionError
+from .batch import batch
 from .bench import bench
 from .build import build
 from .bundles import inspect, verify
 from .demo import demo
 from .doctor import doctor
 from .export import export
+from .export_triton import export_triton
 from .judge import judge
 from .parity import parity
 from .quantize import quantize
@@ -55,6 +57,8 @@ for command in (
     run,
     chat,
     serve,
+    batch,
+    export_triton,
     inspect,
     verify,
     parity,

@@ -70,6 +70,12 @@ if TYPE_CHECKING:
     metavar="NAME",
     help="Another name that requests may be sent to, as by a proxy, of a server on this machine without a key.",
 )
+@click.option("--ray", "on_ray", is_flag=True, help="Replicas on Ray Serve behind one address.")
+@click.option("--ray-address", help="Of a cluster that runs.  [default: Ray on this machine]")
+@click.option("--replicas", type=click.IntRange(1), default=1, show_default=True, help="With --ray: at least.")
+@click.option("--max-replicas", type=click.IntRange(1), help="With --ray: at most, by load.  [default: as at least]")
+@click.option("--replica-cpus", type=float, default=1, show_default=True, help="With --ray: that one takes.")
+@click.option("--replica-gpus", type=float, default=0, show_default=True, help="With --ray: that one takes.")
 def serve(
     bundle: Path,
     host: str,
@@ -78,6 +84,12 @@ def serve(
     queue: int,
     threads: int | None,
     engines: str | None,
+    on_ray: bool,
+    ray_address: str | None,
+    replicas: int,
+    max_replicas: int | None,
+    replica_cpus: float,
+    replica_gpus: float,
     **options: Any,
 ) -> None:
     """Answer over HTTP, as OpenAI's API does, with a page to try it at /.
@@ -91,6 +103,15 @@ def serve(
     from ..serve.server import Server, listening_socket
 
     settings = _settings(bundle, host, options)
+    if on_ray:
+        from ..serve.ray_app import RayOptions, run_ray
+
+        spread = RayOptions(
+            replicas, max_replicas, slots, queue, replica_cpus, replica_gpus, threads=threads, engines=engines
+        )
+        told = f"{settings.model_name} at %s, on Ray (Ctrl-C ends it)"
+        run_ray(bundle, settings, spread, host=host, port=port, address=ray_address, ready=lambda url: say(told % url))
+        return
     with listening_socket(host, port) as listening:
         model = load(bundle.resolve(), threads=threads, engines=engines_of(engines), prefix_caches=0)
         scheduler = Scheduler(model, slots=slots, queue=queue)  # whose slots keep what they hold of a conversation

@@ -39,7 +39,7 @@ def answer_on_ray(bundle: Path, rows: Sequence[BatchRow], options: BatchOptions,
     """Answers as blocks end. Raises OneVisionError where Ray is missing, or gives up."""
     ray = connected(cluster.address)
     data = import_module("ray.data")
-    logging.getLogger("ray").setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     data.DataContext.get_current().enable_progress_bars = False  # our own tells rows, not blocks
     size = max(1, min(_BLOCK * options.slots, math.ceil(len(rows) / cluster.replicas)))
     items = [{"row": json.dumps(asdict(row))} for row in rows]

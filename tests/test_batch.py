@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,7 +22,7 @@ from onevision_edge.errors import OneVisionError
 from onevision_edge.runtime.model import load
 from onevision_edge.runtime.sampling import SamplingParams
 from onevision_edge.serve.answer_file import AnswerFile
-from onevision_edge.serve.batch import BatchOptions, BatchRow, read_rows, run_batch
+from onevision_edge.serve.batch import BatchOptions, BatchRow, Cluster, read_rows, run_batch
 
 IMAGES = Path(onevision_edge.__file__).parent / "demo" / "images"
 OPTIONS = BatchOptions(SamplingParams(max_tokens=12), slots=3, load={"threads": 1})
@@ -258,6 +259,13 @@ def test_faults_of_the_model_are_not_answers(
     monkeypatch.setattr("onevision_edge.runtime.slots.Slots.decode", broken)
     with pytest.raises(OneVisionError, match="ZeroDivisionError: in a kernel"):
         run_batch(bundle, questions, tmp_path / "answers.jsonl", OPTIONS)
+
+
+def test_a_cluster_needs_ray(bundle: Path, questions: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(OneVisionError, match="Ray is not installed: pip install"):
+        run_batch(bundle, questions, tmp_path / "answers.jsonl", OPTIONS, Cluster())
+    assert list(tmp_path.glob("answers*")) == []
 
 
 def test_the_command_tells_counts(bundle: Path, questions: Path, tmp_path: Path) -> None:

@@ -8,6 +8,9 @@ import base64
 import json
 import os
 import queue
+import re
+import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from importlib.util import module_from_spec, spec_from_file_location
@@ -24,6 +27,8 @@ from click.testing import CliRunner
 import onevision_edge
 from onevision_edge.bundle import Bundle
 from onevision_edge.cli.export_triton import export_triton as command
+from onevision_edge.engines.profiles import profiles
+from onevision_edge.engines.record import EngineRecord, EngineSet, read_set
 from onevision_edge.errors import OneVisionError
 from onevision_edge.runtime.device import DeviceArray, HostDriver
 from onevision_edge.runtime.model import Model, load
@@ -33,6 +38,7 @@ from onevision_edge.serve.triton_model import TritonAnswers
 
 IMAGES = Path(onevision_edge.__file__).parent / "demo" / "images"
 QUESTION = "Which number is this?"
+PARAMETER = r'^parameters { key: "(\w+)", value: { string_value: "(\w*)" } }$'
 
 
 @pytest.fixture(scope="module")
@@ -215,9 +221,9 @@ def answering(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], tupl
 
     def start(repository: Path) -> tuple[TritonAnswers, Server]:
         server = Server(repository)
-        monkeypatch.setitem(__import__("sys").modules, "triton_python_backend_utils", server)
-        config = parsed(repository / "onevision" / "config.pbtxt")
-        parameters = {key: {"string_value": value.string_value} for key, value in config.parameters.items()}
+        monkeypatch.setitem(sys.modules, "triton_python_backend_utils", server)
+        lines = re.findall(PARAMETER, (repository / "onevision" / "config.pbtxt").read_text(), re.MULTILINE)
+        parameters = {key: {"string_value": value} for key, value in lines}
         answers = loaded(repository / "onevision" / "1" / "model.py").TritonPythonModel()
         answers.initialize({"model_config": json.dumps({"parameters": parameters})})
         started.append(answers)
@@ -373,6 +379,65 @@ def test_a_plans_embeddings_are_put_on_the_decoders_device() -> None:
     plan = object.__new__(TritonPlan)
     plan.decoder = OnHostDevice()  # type: ignore[assignment]
     assert np.array_equal(np.asarray(plan._on_device(values)), values)
+
+
+# Engines.
+
+
+@pytest.fixture
+def with_engines(demo: Bundle, tmp_path: Path) -> Callable[[str], Bundle]:
+    """The bundle with a set of engines for a100, as a library built them: records that are sound, and any bytes."""
+
+    def made(library: str) -> Bundle:
+        shutil.copytree(demo.directory, tmp_path / "bundle", dirs_exist_ok=True)
+        opened = Bundle.open(tmp_path / "bundle")
+        folder = opened.directory / "engines" / "a100"
+        folder.mkdir(parents=True, exist_ok=True)
+        (profile,) = profiles(opened.manifest, max_pixels=200_704)
+        engines = {}
+        for part in ("vision", "decoder"):
+            (folder / f"{part}.engine").write_bytes(part.encode())
+            engines[part] = EngineRecord(
+                f"{part}.engine", len(part), "", {}, {"wide": profile.limits()}, None, None, {}
+            )
+        record = EngineSet(library, "10.15.0", "a100", ("sm80",), {}, "build BUNDLE", {}, engines)
+        (folder / "engine.json").write_text(json.dumps(record.to_dict()))
+        return opened
+
+    return made
+
+
+def test_an_engine_of_the_tower_is_a_plan_and_the_decoders_stays_with_the_runtime(
+    with_engines: Callable[[str], Bundle], tmp_path: Path
+) -> None:
+    path = tmp_path / "repository"
+    options = TritonOptions(engines="a100", decoder="runtime")
+    assert export_triton(with_engines("tensorrt"), path, options) == ["onevision", "onevision_vision"]
+    assert (path / "onevision_vision" / "1" / "model.plan").read_bytes() == b"vision"
+    assert not (path / "onevision_vision" / "1" / "vision.onnx").exists()
+    inside = path / "onevision" / "1" / "bundle"
+    assert (inside / "engines" / "a100" / "decoder.engine").read_bytes() == b"decoder"
+    assert read_set(inside / "engines" / "a100").target == "a100"
+    text = (path / "onevision_vision" / "config.pbtxt").read_text()
+    assert 'platform: "tensorrt_plan"\ndefault_model_filename: "model.plan"\n' in text
+    assert "KIND_GPU" in text
+    assert 'key: "engines", value: { string_value: "a100" }' in (path / "onevision" / "config.pbtxt").read_text()
+
+
+def test_a_plan_takes_what_its_engine_was_built_for(with_engines: Callable[[str], Bundle]) -> None:
+    bundle = with_engines("tensorrt")
+    engines = read_set(bundle.directory / "engines" / "a100")
+    decoder: Any = None
+    plan = TritonPlan(bundle.graph("vision"), "onevision_vision", None, engines, decoder)
+    vision = bundle.manifest.model.vision
+    assert plan.images_per_call(vision, (32, 32)) == 1
+    with pytest.raises(OneVisionError, match="an image of 1088 patches is larger than the 1024"):
+        plan.images_per_call(vision, (34, 32))
+
+
+def test_engines_of_tensorrt_rtx_are_refused(with_engines: Callable[[str], Bundle], tmp_path: Path) -> None:
+    bundle, path = with_engines("tensorrt-rtx"), tmp_path / "repository"
+    refused(bundle, path, "for which Triton has no backend", engines="a100", decoder="runtime")
 
 
 # What is refused.
