@@ -21,10 +21,12 @@ def optimum(tmp_path_factory: pytest.TempPathFactory) -> Run:
     """Runs optimum-cli export onevision, our registration being where an installation puts it."""
     if find_spec("optimum") is None or find_spec("optimum.commands") is None:
         pytest.skip("optimum is not installed: pip install 'onevision-edge[optimum]'")
-    place = tmp_path_factory.mktemp("installed") / "optimum" / "commands" / "register"
-    source = Path(onevision_edge.__file__).parent / "serve" / "optimum_register"
-    shutil.copytree(source, place, ignore=shutil.ignore_patterns("__pycache__"))
-    paths = [str(place.parents[2]), *(p for p in sys.path if p)]
+    paths = [p for p in sys.path if p]
+    if not _registered():
+        place = tmp_path_factory.mktemp("installed") / "optimum" / "commands" / "register"
+        source = Path(onevision_edge.__file__).parent / "serve" / "optimum_register"
+        shutil.copytree(source, place, ignore=shutil.ignore_patterns("__pycache__"))
+        paths.insert(0, str(place.parents[2]))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONDONTWRITEBYTECODE": "1"}
 
     def run(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -33,6 +35,14 @@ def optimum(tmp_path_factory: pytest.TempPathFactory) -> Run:
         return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120)
 
     return run
+
+
+def _registered() -> bool:
+    """Whether the package was installed with its registration, which a second one would meet."""
+    try:
+        return find_spec("optimum.commands.register.register_onevision") is not None
+    except ImportError:
+        return False
 
 
 def test_the_export_is_where_optimum_lists_exports(optimum: Run) -> None:
