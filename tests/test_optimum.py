@@ -18,11 +18,11 @@ Run = Callable[..., subprocess.CompletedProcess[str]]
 
 @pytest.fixture(scope="module")
 def optimum(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """Runs optimum-cli export onevision, our registration being where an installation puts it."""
-    if find_spec("optimum") is None or find_spec("optimum.commands") is None:
+    """Runs optimum-cli export onevision, our registration where an installation puts it, once."""
+    if not _found("optimum.commands.optimum_cli"):
         pytest.skip("optimum is not installed: pip install 'onevision-edge[optimum]'")
     paths = [p for p in sys.path if p]
-    if not _registered():
+    if not _found("optimum.commands.register.register_onevision"):
         place = tmp_path_factory.mktemp("installed") / "optimum" / "commands" / "register"
         source = Path(onevision_edge.__file__).parent / "serve" / "optimum_register"
         shutil.copytree(source, place, ignore=shutil.ignore_patterns("__pycache__"))
@@ -37,10 +37,10 @@ def optimum(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
-def _registered() -> bool:
-    """Whether the package was installed with its registration, which a second one would meet."""
+def _found(module: str) -> bool:
+    """Whether a module is installed. Our registration alone makes optimum.commands, but nothing in it."""
     try:
-        return find_spec("optimum.commands.register.register_onevision") is not None
+        return find_spec(module) is not None
     except ImportError:
         return False
 
