@@ -32,6 +32,11 @@ if TYPE_CHECKING:
 @click.option("--queue", type=click.IntRange(1), default=64, show_default=True, help="Requests that may wait.")
 @click.option("--threads", type=click.IntRange(1), help="Threads per operator; one per physical core if not given.")
 @click.option(
+    "--vision-threads",
+    type=click.IntRange(1),
+    help="Threads of the tower, which works beside the decoder; as many as --threads if not given.",
+)
+@click.option(
     "--engines",
     metavar="TARGET",
     help="Run engines as built for TARGET; auto: those for this GPU; none: ONNX Runtime.  [default: cpu, if built]",
@@ -83,6 +88,7 @@ def serve(
     slots: int,
     queue: int,
     threads: int | None,
+    vision_threads: int | None,
     engines: str | None,
     on_ray: bool,
     ray_address: str | None,
@@ -97,9 +103,9 @@ def serve(
     SIGTERM or Ctrl-C: requests in flight are answered, new ones refused; a second one ends at once.
     """
     _require_packages()
-    from ..runtime.model import load
     from ..runtime.scheduler import Scheduler
     from ..serve.app import create_app
+    from ..serve.loading import load_to_serve
     from ..serve.server import Server, listening_socket
 
     settings = _settings(bundle, host, options)
@@ -113,7 +119,9 @@ def serve(
         run_ray(bundle, settings, spread, host=host, port=port, address=ray_address, ready=lambda url: say(told % url))
         return
     with listening_socket(host, port) as listening:
-        model = load(bundle.resolve(), threads=threads, engines=engines_of(engines), prefix_caches=0)
+        model = load_to_serve(
+            bundle.resolve(), threads=threads, vision_threads=vision_threads, engines=engines_of(engines)
+        )
         scheduler = Scheduler(model, slots=slots, queue=queue)  # whose slots keep what they hold of a conversation
         server = Server(create_app(scheduler, settings), scheduler, settings.request_seconds)
         scheduler.start()

@@ -44,11 +44,11 @@ class ModelReplica:
     """A loaded bundle. Ray Serve starts it, and lets it end what it has before it goes."""
 
     def __init__(self, bundle: str, settings: Settings, slots: int, queue: int, load: Mapping[str, Any]) -> None:
-        from ..runtime import model
         from ..runtime.scheduler import Scheduler
         from .app import create_app
+        from .loading import load_to_serve
 
-        self.scheduler = Scheduler(model.load(bundle, prefix_caches=0, **load), slots=slots, queue=queue)
+        self.scheduler = Scheduler(load_to_serve(bundle, **load), slots=slots, queue=queue)
         self.scheduler.start()
         self.app = create_app(self.scheduler, settings)
 

@@ -1,5 +1,6 @@
 """The scheduler: many requests at a time are answered as each would be alone."""
 
+import shutil
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -321,3 +322,18 @@ def test_wrong_sizes_are_refused(model: Model) -> None:
 def test_tickets_are_told_apart() -> None:
     request = ChatRequest(asked("One."))
     assert Ticket(request, Heard(), 0.0) != Ticket(request, Heard(), 0.0)
+
+
+def test_a_tower_of_its_own_threads(bundle: Path, compiled: Any, tmp_path: Path) -> None:
+    from onevision_edge.engines.cpu.build import build_cpu
+    from onevision_edge.serve.loading import load_to_serve
+
+    folder = shutil.copytree(bundle, tmp_path / "b")
+    build_cpu(folder, check=False)
+    shared, apart = onevision_edge.load(folder, threads=1), load_to_serve(folder, threads=1)
+    assert shared.graphs["vision"].pool is shared.graphs["decoder"].pool
+    assert apart.graphs["vision"].pool is not apart.graphs["decoder"].pool
+    with apart.graphs["vision"].pool.lock:  # an image is being encoded, and the decoder goes on
+        assert apart.generate(asked("Go on."), max_tokens=4, ignore_eos=True).finish_reason == "length"
+    wanted = shared.generate(asked("What is in the image?", "000a.png"))
+    assert apart.generate(asked("What is in the image?", "000a.png")).token_ids == wanted.token_ids
