@@ -22,7 +22,9 @@ from .slots import Slots
 from .tokenizer import StreamDecoder
 
 LOG = logging.getLogger(__name__)
-PIECE = 256  # tokens of a prompt between two tokens of the others
+PIECE = 256  # tokens of a prompt between two tokens of the others, at most
+PIECE_SECONDS = 0.15  # that it may take while others wait for theirs
+_LEAST = 32  # tokens of a piece
 
 
 class QueueFullError(OneVisionError):
@@ -136,6 +138,7 @@ class Scheduler:
         self._prompts: deque[int] = deque()  # slots whose prompts are being read
         self._closing = self._stopped = False
         self._seconds = 1.0  # of a request, lately
+        self._token_seconds = 0.0  # of a prompt's token, lately
         self._stats = SchedulerStats(slots=slots)
         self._threads = [threading.Thread(target=run, daemon=True) for run in (self._prepare_all, self._run_all)]
 
@@ -281,19 +284,29 @@ class Scheduler:
         """A piece of a prompt; at its end, the first token."""
         ticket, started = self._active[slot], perf_counter()
         try:
-            ended = self._slots.prefill(slot, self._piece)
+            before = self._slots.sequences[slot].cached
+            ended = self._slots.prefill(slot, self._tokens())
         except Exception as error:
             LOG.exception("a prompt could not be read")
             self._end(slot, Failed(error))
             return
         now = perf_counter()
         ticket.timings.prefill += now - started
+        self._token_seconds = (now - started) / max(self._slots.sequences[slot].cached - before, 1)
         if ended:
             self._prompts.popleft()
             assert ticket.prepared is not None
             own = ticket.prepared.timings.time_to_first_token + ticket.timings.prefill
             ticket.waited = max(now - ticket.submitted - own, 0.0)
             self._tell(slot)
+
+    def _tokens(self) -> int:
+        """How many tokens of a prompt are read at once: as many as PIECE_SECONDS allow where others wait."""
+        waiting = len(self._active) > len(self._prompts)
+        if not (waiting and self._token_seconds):
+            return self._piece
+        fitting = int(PIECE_SECONDS / self._token_seconds) // _LEAST * _LEAST
+        return min(self._piece, max(_LEAST, fitting))
 
     def _tell(self, slot: int) -> None:
         """What a slot's newest token made final, and the answer where it was the last."""
