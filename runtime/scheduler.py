@@ -11,9 +11,9 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from time import perf_counter
-from typing import Any
 
 from ..errors import OneVisionError
+from .constraint import Constraint
 from .generation import Running, Timings, TokenLogprob
 from .model import Generation, Model, Prepared, advance, generation_of
 from .prompts import Messages
@@ -47,7 +47,7 @@ class ChatRequest:
     params: SamplingParams = field(default_factory=SamplingParams)
     min_pixels: int | None = None
     max_pixels: int | None = None
-    constraint: Any = None
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,7 +157,7 @@ class Scheduler:
         with self._lock:
             if self._closing:
                 raise ClosingError("the server is shutting down: it takes no more requests")
-            waiting = len(self._waiting) + len(self._ready) + self._preparing
+            waiting = self._pending()
             if waiting >= self._queue:
                 raise QueueFullError(waiting, max(1.0, self._seconds * waiting / self._slots.count))
             self._waiting.append(ticket)
@@ -200,8 +200,7 @@ class Scheduler:
     def stats(self) -> SchedulerStats:
         """What is going on now."""
         with self._lock:
-            waiting = len(self._waiting) + len(self._ready) + self._preparing
-            return replace(self._stats, running=len(self._active), waiting=waiting)
+            return replace(self._stats, running=len(self._active), waiting=self._pending())
 
     # The thread that prepares.
 
@@ -230,9 +229,8 @@ class Scheduler:
         request, model = ticket.request, self.model
         processor = model.processor.with_pixels(request.min_pixels, request.max_pixels)
         prepared = model.prepared(request.messages, processor)
-        options = {} if request.constraint is None else {"constraint": request.constraint}
         assert model.tokenizer is not None  # or `prepared` had said so
-        ticket.sequence = model.sequence(prepared.prompt, replace(request.params, speculate=0), **options)
+        ticket.sequence = model.sequence(prepared.prompt, replace(request.params, speculate=0), request.constraint)
         ticket.decoder = StreamDecoder(model.tokenizer, request.params.stop)
         ticket.prepared = prepared
 
@@ -359,13 +357,17 @@ class Scheduler:
     def _fail(self, ticket: Ticket, error: Exception) -> None:
         if not isinstance(error, OneVisionError):
             LOG.error("a request could not be prepared", exc_info=error)
-        with self._lock:
-            self._count(failed=0 if ticket.cancelled else 1)
+        self._count(failed=0 if ticket.cancelled else 1)
         ticket.tell(Failed(error))
 
+    def _pending(self) -> int:
+        """Requests that have no slot yet."""
+        return len(self._waiting) + len(self._ready) + self._preparing
+
     def _idle(self) -> bool:
-        return not (self._waiting or self._ready or self._preparing or self._active)
+        return not (self._pending() or self._active)
 
     def _count(self, **more: int) -> None:
-        """Add to the totals."""
-        self._stats = replace(self._stats, **{name: getattr(self._stats, name) + n for name, n in more.items()})
+        """Add to the totals, which both threads and callers do."""
+        with self._lock:
+            self._stats = replace(self._stats, **{name: getattr(self._stats, name) + n for name, n in more.items()})

@@ -34,11 +34,11 @@ class Slots:
         free = [i for i in range(self.count) if i not in self.sequences]
         if not free:
             return None
-        gains = {i: 2 * shared(self._keys[i], sequence.prompt.keys) - len(self._keys[i]) for i in free}
-        slot = max(free, key=lambda i: (max(gains[i], 0), -self._used[i], -i))
+        same = {i: shared(self._keys[i], sequence.prompt.keys) for i in free}
+        slot = max(free, key=lambda i: (max(2 * same[i] - len(self._keys[i]), 0), -self._used[i], -i))
         self._clock += 1
         self._used[slot] = self._clock
-        sequence.reused = min(shared(self._keys[slot], sequence.prompt.keys), len(sequence.prompt.ids) - 1)
+        sequence.reused = min(same[slot], len(sequence.prompt.ids) - 1)
         sequence.cached = sequence.reused
         self.sequences[slot] = sequence
         return slot
