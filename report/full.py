@@ -1,11 +1,10 @@
 """The full report of a checkpoint: a bundle in each precision, all held against its FP32 graphs, all timed in turn."""
 
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..bundle import Bundle, Phases, no_phases
@@ -33,11 +32,8 @@ def working_directory(kept: Path | None) -> Iterator[Path]:
         kept.mkdir(parents=True, exist_ok=True)
         yield kept
         return
-    folder = Path(tempfile.mkdtemp(prefix="onevision-edge-report-"))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+    with TemporaryDirectory(prefix="onevision-edge-report-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 def make_bundles(checkpoint: str, folder: Path, wanted: Bundles, phases: Phases = no_phases) -> list[Path]:

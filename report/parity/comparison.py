@@ -1,12 +1,11 @@
 """Parity: a reference recorded, candidates held against it, and the record of both that gates judge."""
 
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -49,15 +48,15 @@ def record_reference(side: Side, plan: Plan, directory: Path, phases: Phases = n
     """Let a reference say all that candidates are compared with, into an empty directory. Raises OneVisionError."""
     data = open_data(plan.data, side.preparer, plan.seed, plan.samples)
     described = {"source": data.source, "rows": len(data), "seed": plan.seed, "samples": plan.samples}
-    names = [question.name for question in data.questions]
+    questions = [question.name for question in data.questions]
     recording = Recording(
-        directory, side.subject.to_dict(), side.config.to_dict(), {**described, "names": names}, plan.max_tokens
+        directory, side.subject.to_dict(), side.config.to_dict(), {**described, "names": questions}, plan.max_tokens
     )
     walked = set(rows_to_walk(data.media, plan.walked))
     with phases(f"{side.subject.name}: stages", "rows") as progress:
         for done, index in enumerate(sorted(walked), 1):
             walk_reference(side, recording, index, data[index])
-            progress(done, len(walked), names[index])
+            progress(done, len(walked), questions[index])
     _record_rows(side, recording, data, walked, phases)
     recording.sort_stages()
     if plan.noise:
@@ -244,15 +243,12 @@ def open_reference(source: str, running: Running, phases: Phases = no_phases) ->
         yield side
         side.close()
         return
-    folder = Path(tempfile.mkdtemp(prefix="onevision-edge-fp32-", dir=running.work))
-    try:
-        side = _fp32_side(source, folder, running, phases)
+    with TemporaryDirectory(prefix="onevision-edge-fp32-", dir=running.work, ignore_cleanup_errors=True) as folder:
+        side = _fp32_side(source, Path(folder), running, phases)
         if running.runtime == "transformers":
             side = TorchReference(source, side, trust_remote_code=running.trust_remote_code, threads=running.threads)
         yield side
         side.close()
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _fp32_side(source: str, folder: Path, running: Running, phases: Phases) -> BundleSide:

@@ -74,11 +74,6 @@ class CutGraph:
                 found[name] = node.output[0]
         return found
 
-    def nbytes(self, cut: Cut) -> int:
-        """Bytes of a stage's weights in the data file."""
-        read = {name for node in cut.nodes for name in node.input}
-        return sum(_length(tensor) for name, tensor in self.initializers.items() if name in read)
-
     def _cuts(self) -> Iterator[Cut]:
         nodes, graph_outputs = list(self.model.graph.node), {value.name for value in self.model.graph.output}
         ranges = self._ranges([node.name for node in nodes])
@@ -143,10 +138,6 @@ def _within(path: str) -> str:
 def _floats(value: onnx.ValueInfoProto) -> bool:
     kinds = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16)
     return value.type.tensor_type.elem_type in kinds
-
-
-def _length(tensor: onnx.TensorProto) -> int:
-    return next((int(entry.value) for entry in tensor.external_data if entry.key == "length"), len(tensor.raw_data))
 
 
 def _rounded(nodes: Sequence[onnx.NodeProto], types: dict[str, onnx.ValueInfoProto]) -> Iterator[onnx.NodeProto]:

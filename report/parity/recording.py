@@ -11,12 +11,11 @@ A recording is made by every comparison, and can be kept: then a machine without
 """
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -195,11 +194,8 @@ def recording_directory(kept: Path | None, overwrite: bool = False) -> Iterator[
         with writing(kept, overwrite, marker=RECORD, what="stored reference") as writer:
             yield writer.directory
         return
-    directory = Path(tempfile.mkdtemp(prefix="onevision-edge-reference-"))
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+    with TemporaryDirectory(prefix="onevision-edge-reference-", ignore_cleanup_errors=True) as directory:
+        yield Path(directory)
 
 
 def _check_files(directory: Path, sizes: Mapping[str, int]) -> None:

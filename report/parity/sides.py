@@ -19,7 +19,7 @@ from ...runtime.cpu_engine import CpuOrPlain
 from ...runtime.memory import memory_field
 from ...runtime.model import Model, load
 from ..subject import CPU_ENGINE, ONNXRUNTIME, TENSORRT, Subject, bundle_subject
-from .probe import LOGITS, PREPROCESS, STITCHED, Probe, layer_stage
+from .probe import LOGITS, MERGER, PREPROCESS, STITCHED, Probe, layer_stage
 from .staged import Staged
 from .staged_cpu import StagedEngine
 
@@ -108,10 +108,10 @@ class BundleSide:
     def trace(self, row: Row, probe: Probe, positions: np.ndarray) -> None:
         """As the runtime does it: each image alone, then all stitched in, the prompt in chunks, the answer by token."""
         model = self._traced(probe)
-        _encode(model, row, probe)
+        embeds = _encode(model, row, probe)
         self._look(None)
         if self._backend == TENSORRT:
-            probe.after("merger", _image_embeds(model, row))
+            probe.after(MERGER, embeds)
         probe.after(STITCHED, model.embed(*_inputs(row)))
         self._decode(model, row, probe, positions)
 
@@ -240,13 +240,12 @@ def pixel_rows(row: Row) -> np.ndarray | None:
     return np.concatenate(found).astype(np.float32, copy=False) if found else None
 
 
-def _encode(model: Model, row: Row, probe: Probe) -> None:
-    """Run the tower on every image by itself."""
+def _encode(model: Model, row: Row, probe: Probe) -> np.ndarray:
+    """Run the tower on every image by itself, the pixels told first; returns the embeddings of all."""
     rows = pixel_rows(row)
     if rows is not None:
         probe.after(PREPROCESS, rows)
-    for values, (height, width) in segments(row):
-        model.encode_images(values, np.array([[1, height, width]]))
+    return _image_embeds(model, row)
 
 
 def _image_embeds(model: Model, row: Row) -> np.ndarray:

@@ -98,9 +98,7 @@ def walk_reference(side: Side, recording: Recording, index: int, row: Row) -> No
         writer.close()
 
 
-def walk(
-    side: Side, recording: Recording, data: Dataset | None, progress: Progress = no_progress, feed: bool = True
-) -> Walked:
+def walk(side: Side, recording: Recording, data: Dataset | None, progress: Progress = no_progress) -> Walked:
     """Compare a side with the recording on its walked rows. data: None: the rows as the reference prepared them."""
     found, rows = Walked(), recording.walked
     for done, index in enumerate(rows, 1):
@@ -111,7 +109,7 @@ def walk(
             prompt = max(row.answer_start, 1)
             probe = Comparing(recording, index, found.error, feed=False, prompt=prompt, positions=positions)
             side.trace(row, probe, positions)
-        if feed and side.can_be_fed:
+        if side.can_be_fed:
             _walk_fed(side, recording, index, recorded, positions, found)
         progress(done, len(rows), recorded.name)
     return found
