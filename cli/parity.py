@@ -8,6 +8,7 @@ import click
 
 from .console import print_json, progress, say, size, table
 from .engines_option import engines_of
+from .extras import require
 from .judge import failed_lines
 
 _MARKS = {"PASS": "ok", "AMBIGUOUS": "~", "FAIL": "!!"}
@@ -95,7 +96,7 @@ def parity(
 
     Exit code 1 where a gate fails, with the line that says which.
     """
-    needs_onnx()
+    require("comparing", "export", "onnx")
     from ..report.files import open_folder, write_parity
     from ..report.parity.comparison import Plan, Running, compare_all
     from ..report.parity.gates import load_gates
@@ -135,16 +136,6 @@ def _shipped(bundles: Sequence[Path]) -> str:
     if found is None:
         raise click.UsageError("give --reference: the checkpoint that the bundles were made of, or a bundle of it")
     return found
-
-
-def needs_onnx() -> None:
-    """Raise OneVisionError where graphs cannot be looked into."""
-    from ..errors import OneVisionError
-
-    try:
-        import onnx  # noqa: F401
-    except ImportError as error:
-        raise OneVisionError("comparing needs onnx: pip install 'onevision-edge[export]'") from error
 
 
 def _print(record: dict[str, Any]) -> None:

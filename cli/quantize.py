@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from .console import print_json, progress, say, size, table
+from .extras import require
 
 if TYPE_CHECKING:
     from ..calibration.recipe import Methods
@@ -215,7 +216,7 @@ def _budget(source: str, budgets: tuple[int | None, float | None, float | None],
     size_, kld, latency = budgets
     if sum(budget is not None for budget in budgets) != 1:
         raise click.UsageError("--precision auto needs one of --budget-size, --budget-kld, --budget-latency")
-    _need_export()
+    require("quantisation", "export", "onnxscript")
     from ..calibration.auto import Budget
 
     if latency is None:
@@ -251,7 +252,7 @@ def _plan(
     asked: dict[str, Any], target: "Target | None", recipe: Path | None, observer: str | None, without: tuple[str, ...]
 ) -> tuple["Plan", "Methods"]:
     """The plan and the methods that the options ask for."""
-    _need_export()
+    require("quantisation", "export", "onnxscript")
     from ..calibration.recipe import Methods, Recipe
 
     if recipe is not None:
@@ -290,15 +291,6 @@ def _default(asked: dict[str, Any], target: "Target | None") -> "Plan":
 
         return replace(recommended(target), dtype=dtype)
     return default_plan(asked["precision"] or target.decoder, dtype, **options)  # type: ignore[union-attr]
-
-
-def _need_export() -> None:
-    from ..errors import OneVisionError
-
-    try:
-        import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise OneVisionError(f"quantisation needs {error.name}: pip install 'onevision-edge[export]'") from error
 
 
 def _show(source: str, plan: "Plan", methods: "Methods", max_length: int | None, as_json: bool) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 import click
 
 from .console import progress, say, size, table
+from .extras import require
 from .judge import failed_lines
-from .parity import needs_onnx
 
 
 @click.command()
@@ -45,7 +45,7 @@ def report(
 
     Each is held against the checkpoint's FP32 graphs as `parity` does, and timed as `bench` does, all in turn.
     """
-    needs_onnx()
+    require("comparing", "export", "onnx")
     from ..report.files import open_folder, write_latency, write_parity
     from ..report.full import Bundles, make_bundles, working_directory
 

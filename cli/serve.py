@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from ..errors import OneVisionError
 from .console import say
 from .engines_option import engines_of
+from .extras import require
 
 if TYPE_CHECKING:
     import socket
@@ -102,7 +102,7 @@ def serve(
 
     SIGTERM or Ctrl-C: requests in flight are answered, new ones refused; a second one ends at once.
     """
-    _require_packages()
+    require("serve", "serve", "prometheus_client", "pydantic", "starlette", "uvicorn")
     from ..runtime.scheduler import Scheduler
     from ..serve.app import create_app
     from ..serve.loading import load_to_serve
@@ -130,16 +130,6 @@ def serve(
             server.run(sockets=[listening])
         finally:
             scheduler.stop()
-
-
-def _require_packages() -> None:
-    try:
-        import prometheus_client  # noqa: F401
-        import pydantic  # noqa: F401
-        import starlette  # noqa: F401
-        import uvicorn  # noqa: F401
-    except ImportError as error:
-        raise OneVisionError(f"serve needs {error.name}: pip install 'onevision-edge[serve]'") from None
 
 
 def _settings(bundle: Path, host: str, options: dict[str, Any]) -> "Settings":
