@@ -87,6 +87,11 @@ class GraphSpec:
         """Whether any weights are stored in codes."""
         return set(self.weights) != {self.dtype}
 
+    @property
+    def int8_cache(self) -> bool:
+        """Whether a decoder's KV cache holds INT8 codes."""
+        return any(tensor.name == "past_key.0" and tensor.dtype == "int8" for tensor in self.inputs)
+
 
 @dataclass(frozen=True, slots=True)
 class TableSpec:

@@ -101,7 +101,7 @@ class Graph(OnHost):
                 disabled_optimizers=DISABLED_OPTIMIZERS,
             )
         except Exception as error:  # ONNX Runtime's exceptions share no useful base
-            raise OneVisionError(f"{path}: ONNX Runtime cannot load this graph: {_first_line(error)}") from error
+            raise OneVisionError(f"{path}: ONNX Runtime cannot load this graph: {first_line(error)}") from error
         self._check_contract(path)
 
     def _providers(self) -> list[Any]:
@@ -110,8 +110,7 @@ class Graph(OnHost):
     @property
     def cache_dtype(self) -> np.dtype:
         """Of the decoder's KV cache: the graph's float, or int8."""
-        codes = any(t.name == "past_key.0" and t.dtype == "int8" for t in self.spec.inputs)
-        return np.dtype(np.int8) if codes else self.fmt.numpy
+        return np.dtype(np.int8) if self.spec.int8_cache else self.fmt.numpy
 
     def images_per_call(self, config: VisionConfig, size: tuple[int, int]) -> int:
         """How many images of a size one call takes, for their attention scores not to fill the memory.
@@ -139,7 +138,7 @@ class Graph(OnHost):
         try:
             return self.session.run(None, dict(inputs))
         except Exception as error:
-            raise OneVisionError(f"{self.spec.file}: {_first_line(error)}") from error
+            raise OneVisionError(f"{self.spec.file}: {first_line(error)}") from error
 
     def bind(self) -> "Binding":
         """A binding to run the graph on buffers that stay where they are."""
@@ -188,7 +187,7 @@ class Binding:
         try:
             self.graph.session.run_with_iobinding(self._binding, self._run_options)
         except Exception as error:
-            raise OneVisionError(f"{self.graph.spec.file}: {_first_line(error)}") from error
+            raise OneVisionError(f"{self.graph.spec.file}: {first_line(error)}") from error
 
 
 def _data(path: Path) -> Path:
@@ -201,5 +200,6 @@ def _signature(tensor: Any) -> tuple[str, list[int | None]]:
     return tensor.name, [size if isinstance(size, int) else None for size in tensor.shape]
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What ONNX Runtime says, without what follows it."""
     return str(error).strip().split("\n")[0]

@@ -119,11 +119,9 @@ class TokenModel:
         positions: ascending int64 [n]. input_ids: [tokens]. prompt: tokens that are read at once; those behind them
         go through the cache one by one, as an answer's do; None: all at once. The rest as for `logits`.
         """
-        (ids,), _ = self._unpadded(input_ids, None)
-        media = {"image": Media(pixel_values, image_grid_thw), "video": Media(pixel_values_videos, video_grid_thw)}
-        (embedded,) = self._embed([ids], media)
+        embedded = self._one(input_ids, Media(pixel_values, image_grid_thw), Media(pixel_values_videos, video_grid_thw))
         with self._loop(1) as loop:
-            begun = len(ids) if prompt is None else prompt
+            begun = len(embedded.ids) if prompt is None else prompt
             return loop.decoder.teacher_forced(embedded.embeds, loop.chunk, positions, begun)
 
     def stitch(
@@ -151,9 +149,7 @@ class TokenModel:
         video_grid_thw: np.ndarray | None = None,
     ) -> np.ndarray:
         """What the decoder reads for one sequence: float32 [tokens, D]. Inputs as for `logits_at`."""
-        (ids,), _ = self._unpadded(input_ids, None)
-        media = {"image": Media(pixel_values, image_grid_thw), "video": Media(pixel_values_videos, video_grid_thw)}
-        (embedded,) = self._embed([ids], media)
+        embedded = self._one(input_ids, Media(pixel_values, image_grid_thw), Media(pixel_values_videos, video_grid_thw))
         return float32(np.asarray(embedded.embeds), self._decoder_graph().fmt)
 
     def generate_ids(
@@ -249,6 +245,12 @@ class TokenModel:
         timings.vision_encoding += encoded - started
         timings.prepare_embeddings += perf_counter() - encoded
         return prompts
+
+    def _one(self, input_ids: np.ndarray, images: Media, videos: Media) -> Prompt:
+        """One sequence, [tokens], with its embeddings."""
+        (ids,), _ = self._unpadded(input_ids, None)
+        (prompt,) = self._embed([ids], {"image": images, "video": videos})
+        return prompt
 
     def _stitched(self, ids: np.ndarray, features: dict[int, Features]) -> Prompt:
         graph = self._decoder_graph()

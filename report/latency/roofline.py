@@ -82,8 +82,7 @@ def cache_bytes(bundle: Bundle, backend: str, tokens: int) -> int:
     heads = 2 * text.num_hidden_layers * text.num_key_value_heads * tokens
     if backend == CPU_ENGINE:
         return heads * (text.head_dim + 4)  # codes, and a scale for each row
-    codes = any(tensor.name == "past_key.0" and tensor.dtype == "int8" for tensor in spec.inputs)
-    return heads * text.head_dim * (1 if codes else float_format(spec.dtype).itemsize)
+    return heads * text.head_dim * (1 if spec.int8_cache else float_format(spec.dtype).itemsize)
 
 
 def bytes_per_token(bundle: Bundle, backend: str, context: float, batch: int) -> int | None:

@@ -128,7 +128,7 @@ def compare(
     }
     judged = judge(candidate, gates, subject.precision)
     if reference is not None and judged["first_failed_stage"]:
-        judged["failed_module"] = failed_module(reference, side, recording, judged)
+        judged["failed_module"] = failed_module(reference, side, recording, judged, gates)
     return judged
 
 

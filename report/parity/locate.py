@@ -7,7 +7,7 @@ import numpy as np
 
 from ...calibration.rows import Row
 from .distance import DistanceTally
-from .gates import load_gates
+from .gates import Gates
 from .probe import model_stages, stage_rank
 from .recording import Recording
 from .sides import BundleSide, Side, segments
@@ -23,7 +23,7 @@ _FOLDED = {
 
 
 def failed_module(
-    reference: Side, side: Side, recording: Recording, judged: Mapping[str, Any]
+    reference: Side, side: Side, recording: Recording, judged: Mapping[str, Any], gates: Gates
 ) -> dict[str, Any] | None:
     """The module of the first failed stage, both stages reading what the reference's stage before gave.
 
@@ -39,7 +39,7 @@ def failed_module(
     graphs = [one.staged_graph(part) for one in (reference, side)]
     if not all(isinstance(graph, StagedGraph) for graph in graphs):
         return None
-    limit = load_gates().of(judged["subject"]["precision"]).limit("own", stage) or 0.0
+    limit = gates.of(judged["subject"]["precision"]).limit("own", stage) or 0.0
     index = recording.walked[0]
     row = walked_row(recording.row(index))
     wanted, found = (_outputs(graph, part, stage, recording, index, row) for graph in graphs)

@@ -17,7 +17,7 @@ from ...bundle import Bundle, GraphSpec
 from ...config import VisionConfig
 from ...errors import OneVisionError
 from ...precision import FloatFormat, float32, float_format, from_float32
-from ...runtime.backend import DISABLED_OPTIMIZERS, PROVIDERS, SessionOptions
+from ...runtime.backend import DISABLED_OPTIMIZERS, PROVIDERS, SessionOptions, first_line
 from ...runtime.stitching import OnHost
 from ...runtime.wide import widened
 from .cuts import PRELUDE, Cut, CutGraph
@@ -64,8 +64,7 @@ class StagedGraph(OnHost):
     @property
     def cache_dtype(self) -> np.dtype:
         """Of the decoder's KV cache: the graph's float, or int8."""
-        codes = any(t.name == "past_key.0" and t.dtype == "int8" for t in self.spec.inputs)
-        return np.dtype(np.int8) if codes else self.fmt.numpy
+        return np.dtype(np.int8) if self.spec.int8_cache else self.fmt.numpy
 
     def images_per_call(self, config: VisionConfig, size: tuple[int, int]) -> int:
         """Images of a size that share a call: one."""
@@ -165,7 +164,7 @@ class StagedGraph(OnHost):
                 disabled_optimizers=DISABLED_OPTIMIZERS,
             )
         except Exception as error:  # ONNX Runtime's exceptions share no useful base
-            raise OneVisionError(f"{self.cut.path}: {cut.stage} does not load: {_first_line(error)}") from error
+            raise OneVisionError(f"{self.cut.path}: {cut.stage} does not load: {first_line(error)}") from error
 
     def _widened(self, model: Any) -> dict[str, Any]:
         """NVFP4 weights of a stage as their twins in INT8."""
@@ -193,7 +192,7 @@ class StagedGraph(OnHost):
         try:
             session.run_with_iobinding(binding)
         except Exception as error:
-            raise OneVisionError(f"{self.cut.path}: {_first_line(error)}") from error
+            raise OneVisionError(f"{self.cut.path}: {first_line(error)}") from error
         pairs = zip(outputs, binding.get_outputs(), strict=True)
         return {name: value.numpy() for name, value in pairs if name not in in_place}
 
@@ -231,7 +230,3 @@ def _file(bundle: Bundle, spec: GraphSpec) -> Path:
 
 def _array(name: str, values: Mapping[str, np.ndarray], caches: Mapping[str, np.ndarray]) -> np.ndarray:
     return caches[name] if name in caches else np.ascontiguousarray(values[name])
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0]
