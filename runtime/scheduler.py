@@ -41,7 +41,7 @@ class ClosingError(OneVisionError):
 
 @dataclass(frozen=True, slots=True)
 class ChatRequest:
-    """One conversation to answer. constraint: what its tokens have to follow, made for this request alone."""
+    """One conversation to answer. constraint: what its tokens have to follow; it stays as it is."""
 
     messages: Messages
     params: SamplingParams = field(default_factory=SamplingParams)

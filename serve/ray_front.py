@@ -19,7 +19,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from .affinity import marks_of
+from .affinity import Mark, marks_of
 from .auth import Gate
 from .body import read_body
 from .errors import ApiError, closing
@@ -108,12 +108,13 @@ class Front:
 
     async def _attempts(self, call: Call) -> AsyncGenerator[Message, None]:
         """The messages of the first replica that lives long enough."""
+        marks = marks_of(call.body)
         for attempt in range(ATTEMPTS):
             if attempt:
                 await asyncio.sleep(_PAUSE * 2 ** (attempt - 1))
             begun = False
             try:
-                async with aclosing(self._once(call)) as messages:
+                async with aclosing(self._once(call, marks)) as messages:
                     async for message in messages:
                         begun = True
                         yield message
@@ -129,9 +130,9 @@ class Front:
                     raise BrokenOffError from None
         raise ApiError("no replica could answer", status=503, kind="server_error", code="unavailable")
 
-    async def _once(self, call: Call) -> AsyncGenerator[Message, None]:
+    async def _once(self, call: Call, marks: list[Mark]) -> AsyncGenerator[Message, None]:
         """The messages of one replica: of a stream as they come, else together, once all are there."""
-        arriving = self._models.remote(call, marks_of(call.body))
+        arriving = self._models.remote(call, marks)
         held: list[Message] = []
         streaming = False
         try:

@@ -46,14 +46,9 @@ def chat_requests(call: ChatCall, files: Mapping[Picture, bytes], model: Model) 
     """A request for each choice; with a seed, the k-th choice has the seed plus k. Raises ApiError."""
     _check_pixels(call, model.processor.max_pixels)
     messages = with_files(call.messages, files)
+    constraint = _constraint(call.response_format, model)  # which stays as it is: every sequence goes on by a copy
     return [
-        ChatRequest(
-            messages,
-            _seeded(call, i),
-            call.min_pixels,
-            call.max_pixels,
-            _constraint(call.response_format, model),
-        )
+        ChatRequest(messages, _seeded(call, i), call.min_pixels, call.max_pixels, constraint)
         for i in range(call.choices)
     ]
 
